@@ -1,0 +1,80 @@
+"""The route: the one mutable thing that a forward reads, held in a slot; a route itself never changes.
+
+Every adapted layer and the attention function hold the base's `Slot`. `slot.use(route)` puts a route there for the
+time of a forward. Activation checkpointing recomputes later, when another route may be current: `Slot.for_recompute`
+captures the route at forward and reinstates it. The slot is a plain attribute, never a thread-local, because CUDA's
+backward runs on autograd's own threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+
+from torch import Tensor
+
+from onebase.ops.layout import Layout
+from onebase.ops.segments import Segments
+
+
+class RowSpace(Enum):
+    """What the rows of a module's input are; a wrapper is bound to its space when it is made, never by shape."""
+
+    TOKEN = "token"  # (tokens, ...), flat; or (batch, length, ...), padded
+    EXAMPLE = "example"  # pooled rows, one an example: poolers and heads
+    LABEL = "label"  # labelled rows: the output head
+    BATCH = "batch"  # (batch, ...): what sees whole examples, such as images
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who owns the rows of a forward, in every row space, and how the tokens hang together.
+
+    `sole_owner` says that one adapter owns every row there is (padded batches, generation); then `rows` is empty.
+    `layout` is None when the model attends by its own means.
+    """
+
+    layout: Layout | None = None
+    rows: Mapping[RowSpace, Segments] = field(default_factory=lambda: MappingProxyType({}))
+    row_keys: Mapping[RowSpace, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    sole_owner: int | None = None
+
+    def segments(self, space: RowSpace, row_count: int) -> Segments:
+        """Return the owners of `row_count` rows of a space.
+
+        Raises:
+            RuntimeError: the route says nothing of that space, or of another number of rows.
+        """
+        if self.sole_owner is not None:
+            return Segments.of([row_count], [self.sole_owner])
+        segments = self.rows.get(space)
+        if segments is None or segments.row_count != row_count:
+            known = {s.value: r.row_count for s, r in self.rows.items()}
+            raise RuntimeError(f"a layer got {row_count} rows of the {space.value} space; the route knows {known}")
+        return segments
+
+
+class Slot:
+    """Where the current route lies."""
+
+    def __init__(self) -> None:
+        self.route: Route | None = None
+
+    @contextmanager
+    def use(self, route: Route | None) -> Iterator[None]:
+        """Make `route` the current one, and put back the one before."""
+        before, self.route = self.route, route
+        try:
+            yield
+        finally:
+            self.route = before
+
+    def for_recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the contexts of a checkpointed forward and of its recomputation: `context_fn` of torch's checkpoint."""
+        return nullcontext(), self.use(self.route)
+
+
+ContextFunction = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]

