@@ -1,0 +1,1 @@
+"""What learns: the methods, the layers that wrap a target, and the bank that holds adapters on one base."""

@@ -1,0 +1,1 @@
+"""What judges: losses and metrics over labelled tokens and rows."""

@@ -1,0 +1,1 @@
+"""The one training loop: steps, micro-batches, schedules, evaluation, checkpoints and resuming."""
