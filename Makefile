@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --quiet --check . || { echo "Run 'make format'."; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/lint-imports --no-timing >$(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
+	@$(BIN)/lint-imports >$(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
 
 format: $(VENV)/.dev ## Format the code, and mend what ruff can mend by itself
 	@$(BIN)/ruff check --quiet --fix .; $(BIN)/ruff format --quiet .
