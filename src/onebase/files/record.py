@@ -1,0 +1,73 @@
+"""onebase.json: what onebase knows of an adapter and PEFT's files cannot say. Read with every adapter, without torch.
+
+Above all the base the adapter was trained on, by its fingerprint. An adapter without this file (PEFT's own) is fine;
+then nobody can tell whether the base is the right one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onebase
+from onebase.files.json_file import check_fields, check_schema, is_int, plain_fields, read_json, to_json
+
+RECORD_NAME = "onebase.json"
+_SCHEMA_VERSION = 1
+_TODO = "Restore the file, or delete it: the adapter then opens without the check of its base."
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_RULES = {
+    "base": (_is_text, "text, the base's name"),
+    "base_fingerprint": (_is_text_or_null, "text or null"),
+    "base_revision": (_is_text_or_null, "text or null"),
+    "dtype": (_is_text, "text, such as 'float32'"),
+    "extras": (lambda value: isinstance(value, dict), "an object"),
+    "method": (_is_text, "text, such as 'lora'"),
+    "onebase_version": (_is_text, "text"),
+    "quantize": (_is_text, "'none', 'int8' or 'nf4'"),
+    "seed": (lambda value: value is None or is_int(value), "a whole number or null"),
+    "task": (_is_text, "text, such as 'chat'"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The content of onebase.json. `base` is the name that opens the base: a hub id, a packaged name or a folder."""
+
+    base: str
+    base_fingerprint: str | None
+    base_revision: str | None = None
+    dtype: str = "float32"
+    quantize: str = "none"
+    method: str = "lora"
+    task: str = "chat"
+    seed: int | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    onebase_version: str = onebase.__version__
+
+    def to_text(self) -> str:
+        """Return the file's text; the same record gives the same bytes."""
+        return to_json({"schema_version": _SCHEMA_VERSION, **plain_fields(self)})
+
+
+def read_record(folder: Path) -> AdapterRecord | None:
+    """Return the record in an adapter's folder, None if there is none. Fields a later onebase added are left out.
+
+    Raises:
+        FileFormatError: the file is damaged or newer than this onebase.
+    """
+    path = folder / RECORD_NAME
+    if not path.exists():
+        return None
+    content = read_json(path, todo=_TODO)
+    check_schema(path, content, known=_SCHEMA_VERSION, todo=_TODO)
+    check_fields(path, content, _RULES)
+    return AdapterRecord(**{name: content[name] for name in _RULES})
