@@ -19,6 +19,7 @@ Errors that hold several problems are written by `list_problems`, so that they a
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -28,10 +29,36 @@ class OnebaseError(Exception):
     exit_code: ClassVar[int] = 1
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One wrong setting: its place (keys and list positions from the outside in) and the rest of the message."""
+
+    path: tuple[str | int, ...]
+    text: str
+    unknown: bool = False
+    """The key itself is unknown, so that a reader who sees more of the settings may know a better answer."""
+
+    line: int | None = None
+    """The line in the settings file, from 1."""
+
+    @property
+    def place(self) -> str:
+        """The path as users write it: data.train[1].weight."""
+        written = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path)
+        return written.removeprefix(".")
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.text}" if self.path else self.text
+
+
 class ConfigError(OnebaseError, ValueError):
-    """A setting, a command's argument or a function's argument is wrong."""
+    """A setting, a command's argument or a function's argument is wrong; `problems` are set by settings alone."""
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class DataError(OnebaseError, ValueError):

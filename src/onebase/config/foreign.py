@@ -1,0 +1,189 @@
+"""What other tools call our settings, and what this version does not have.
+
+Plain tables, read only to write an error: a key of PEFT, transformers, TRL, Axolotl, LLaMA-Factory or Unsloth in
+a settings file is never accepted silently, and the error names our setting. Nothing is converted, because the same
+word often means another thing (rows per device, rows per step).
+"""
+
+from collections.abc import Collection
+
+OURS: dict[str, str] = {
+    # the model
+    "base_model": "model",
+    "base_model_name_or_path": "model",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "model_id": "model",
+    "model_revision": "revision",
+    "revision_of_model": "revision",
+    "torch_dtype": "dtype",
+    "precision": "dtype",
+    "bf16": "dtype; write dtype: bfloat16",
+    "pure_bf16": "dtype; write dtype: bfloat16",
+    "fp32": "dtype; write dtype: float32",
+    "device_map": "device",
+    "use_cpu": "device; write device: cpu",
+    "no_cuda": "device; write device: cpu",
+    # the data
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train; a data set of the hub is written hub:org/name:split",
+    "dataset_path": "data.train",
+    "train_file": "data.train",
+    "train_data": "data.train",
+    "test_datasets": "data.valid",
+    "eval_dataset": "data.valid",
+    "eval_data": "data.valid",
+    "validation": "data.valid",
+    "validation_file": "data.valid",
+    "val_set_size": "data.valid; a fraction there, such as 0.05, splits data.train",
+    "val_size": "data.valid; a fraction there, such as 0.05, splits data.train",
+    "test_file": "data.test",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "chat_template": "data.template; the path of a Jinja file",
+    "chat_template_path": "data.template",
+    "system_prompt": "data.system",
+    "default_system": "data.system",
+    "train_on_inputs": "data.labels; which assistant turns are learned, prompts never are",
+    "assistant_only_loss": "data.labels; which assistant turns are learned, prompts never are",
+    "completion_only_loss": "data.labels; which assistant turns are learned, prompts never are",
+    "mask_history": "data.labels; write labels: last",
+    "dataset_text_field": "data.columns; write columns: {text: NAME}",
+    "text_column": "data.columns; write columns: {text: NAME}",
+    "shuffle_dataset": "data.shuffle",
+    # the adapter
+    "finetuning_type": "adapter.method",
+    "peft_type": "adapter.method",
+    "peft_method": "adapter.method",
+    "rank": "adapter.r",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "alpha": "adapter.lora_alpha",
+    "dropout": "adapter.lora_dropout",
+    "lora_target": "adapter.target_modules",
+    "lora_targets": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
+    "lora_target_linear": "adapter.target_modules; write target_modules: all-linear",
+    "lora_layers_to_transform": "adapter.layers_to_transform",
+    "peft_use_rslora": "adapter.use_rslora",
+    "use_rs_lora": "adapter.use_rslora",
+    "peft_init_lora_weights": "adapter.init_lora_weights",
+    "adapter_name_or_path": "adapter.init_from",
+    "lora_model_dir": "adapter.init_from",
+    # the training
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "micro_batch_size": "train.batch_size; rows per optimiser step, cut into micro-batches by tokens",
+    "per_device_train_batch_size": "train.batch_size; rows per optimiser step, cut into micro-batches by tokens",
+    "gradient_accumulation_steps": "train.batch_size; rows per optimiser step, cut into micro-batches by tokens",
+    "per_device_eval_batch_size": "eval.batch_tokens",
+    "eval_batch_size": "eval.batch_tokens",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "scheduler": "train.lr_scheduler_type",
+    "warmup": "train.warmup_steps",
+    "max_grad_value": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm",
+    "adam_eps": "train.adam_epsilon",
+    "random_state": "train.seed",
+    "random_seed": "train.seed",
+    "data_seed": "train.seed",
+    "eval_steps": "train.eval_every",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "early_stopping": "train.early_stopping_patience",
+    "load_best_model_at_end": "train.keep_best",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "use_gradient_checkpointing": "train.activation_checkpointing",
+    "num_threads": "train.threads",
+    "full_determinism": "train.reproducible",
+    "deterministic": "train.reproducible",
+}
+"""Another tool's name -> our dotted name, with a note after a semicolon where the meaning differs."""
+
+_NOT_YET = "not available in this version"
+_QUANTIZE = f"{_NOT_YET}; the base keeps the number format of 'dtype'. Remove it."
+_ONLY_ADAMW = f"{_NOT_YET}; the optimiser is AdamW. Remove it."
+_LORA_ONLY = f"{_NOT_YET} for adapters. Remove it."
+_FLAT = "not needed; batches are flat, without padding. Remove it."
+_ONE_DEVICE = f"{_NOT_YET}; training uses one device. Remove it."
+
+ABSENT: dict[str, str] = {
+    "sweep": f"{_NOT_YET}; run 'onebase train' once for each value, with --set.",
+    "grid": f"{_NOT_YET}; run 'onebase train' once for each value, with --set.",
+    "trackers": f"{_NOT_YET}; the run folder holds metrics.jsonl. Remove it.",
+    "report_to": f"{_NOT_YET}; the run folder holds metrics.jsonl. Remove it.",
+    "logging_steps": "not needed; metrics.jsonl records every step. Remove it.",
+    "slices": f"{_NOT_YET}; evaluation covers the whole file. Remove it.",
+    "metrics": f"{_NOT_YET}; evaluation gives loss, perplexity and token accuracy. Remove it.",
+    "quantize": _QUANTIZE,
+    "quantization_bit": _QUANTIZE,
+    "load_in_4bit": _QUANTIZE,
+    "load_in_8bit": _QUANTIZE,
+    "fp16": f"{_NOT_YET}; 'dtype' is auto, float32 or bfloat16. Remove it.",
+    "bias": _LORA_ONLY,
+    "lora_bias": _LORA_ONLY,
+    "use_dora": _LORA_ONLY,
+    "modules_to_save": _LORA_ONLY,
+    "lora_modules_to_save": _LORA_ONLY,
+    "trainable_token_indices": _LORA_ONLY,
+    "layer_replication": _LORA_ONLY,
+    "target_parameters": _LORA_ONLY,
+    "loraplus_lr_ratio": _LORA_ONLY,
+    "lora_plus_lr_ratio": _LORA_ONLY,
+    "optim": _ONLY_ADAMW,
+    "optimizer": _ONLY_ADAMW,
+    "packing": _FLAT,
+    "sample_packing": _FLAT,
+    "pad_to_sequence_len": _FLAT,
+    "padding_free": _FLAT,
+    "group_by_length": _FLAT,
+    "attn_implementation": "not needed; the layout of a batch decides how attention is computed. Remove it.",
+    "flash_attention": "not needed; the layout of a batch decides how attention is computed. Remove it.",
+    "deepspeed": _ONE_DEVICE,
+    "fsdp": _ONE_DEVICE,
+    "fsdp_config": _ONE_DEVICE,
+    "output_dir": "no setting but an argument: onebase train CONFIG --out DIR",
+    "out": "no setting but an argument: onebase train CONFIG --out DIR",
+    "resume_from_checkpoint": "no setting but an argument: onebase train CONFIG --out DIR --resume",
+    "resume": "no setting but an argument: onebase train CONFIG --out DIR --resume",
+}
+"""A name that has no setting here -> why, and what to do."""
+
+PLANNED: dict[str, frozenset[str]] = {
+    "task": frozenset({"classify", "regress", "token-classify", "image-classify", "seq2seq"}),
+    "method": frozenset({"dora", "adalora", "loha", "lokr", "vera", "ia3", "oft", "boft", "bitfit", "full"})
+    | frozenset({"prompt-tuning", "prefix-tuning", "p-tuning", "bottleneck", "layernorm"}),
+    "dtype": frozenset({"float16"}),
+    "init_lora_weights": frozenset({"pissa", "olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"}),
+}
+"""A setting's own name -> values that it does not take yet."""
+
+SPELLINGS: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "gpu": "cuda"}
+"""Values that other tools spell differently."""
+
+
+def explain(key: str, known: Collection[str]) -> str | None:
+    """Return what a user who wrote `key` should write, or None where only guessing is left.
+
+    `known` are the dotted names that exist where the key was read.
+    """
+    if key in ABSENT:
+        return ABSENT[key]
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    if key in OURS:
+        name, _, note = OURS[key].partition("; ")
+        leaf = name.rpartition(".")[2]
+        if name not in known and leaf in known:
+            name = leaf
+        return f"unknown setting; here it is '{name}'" + (f": {note}." if note else ".")
+    elsewhere = [name for name, leaf in leaves.items() if leaf == key]
+    if elsewhere:
+        return f"unknown setting at this place; write it as {' or '.join(elsewhere)}."
+    return None
