@@ -16,11 +16,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from onebase.errors import CapacityError, ConfigError, OnebaseError
 
+Content = TypeVar("Content")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.onebase-(?P<pid>\d+)\.(?P<kind>new|old|gone)")
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -37,6 +39,7 @@ _REFUSED = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "the path has too many symbolic links",
 }
+_ATTEMPTS = 10
 _SWAP_SECONDS = 1.0  # far longer than the two renames of a folder's replacement
 
 _in_progress: set[str] = set()  # the hidden names that this process is writing now
@@ -110,6 +113,22 @@ def recover(target: Path) -> None:
 def clean(parent: Path) -> None:
     """Do what `recover` does for every name in a folder."""
     _clean(Path(os.path.realpath(parent)), only=None)
+
+
+def read_steadily(folder: Path, read: Callable[[], Content]) -> Content:
+    """Return read(), repeated if another process replaced the folder meanwhile: never a mixture of two versions."""
+    for _ in range(_ATTEMPTS - 1):
+        recover(folder)
+        before = _identity(folder)
+        try:
+            content = read()
+        except (OnebaseError, OSError):
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return content
+    return read()
 
 
 def ensure_writable(path: Path, needed_bytes: int, *, writing: str) -> None:
@@ -242,15 +261,16 @@ def _clean(parent: Path, only: str | None) -> None:
         return
     for path in inside:
         found = _LEFTOVER.fullmatch(path.name)
-        if found is None or (only is not None and found["name"] != only) or str(path) in _in_progress:
+        if found is None or (only is not None and found["name"] != only):
             continue
         with reporting(parent, "a clean folder after a crash"), contextlib.suppress(FileNotFoundError):
-            _settle(path, parent / found["name"], found["kind"], int(found["pid"]))
+            pid = int(found["pid"])
+            running = str(path) in _in_progress if pid == os.getpid() else _is_running(pid)
+            _settle(path, parent / found["name"], found["kind"], running=running)
 
 
-def _settle(leftover: Path, target: Path, kind: str, pid: int) -> None:
+def _settle(leftover: Path, target: Path, kind: str, *, running: bool) -> None:
     """Decide one leftover: an old folder whose successor never came goes back, the rest is deleted."""
-    running = pid != os.getpid() and _is_running(pid)
     if kind != "old":
         if not running:
             _discard(leftover)
@@ -264,6 +284,14 @@ def _settle(leftover: Path, target: Path, kind: str, pid: int) -> None:
         time.sleep(0.01)
     if not running and leftover.exists():
         _remove(leftover)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _is_running(pid: int) -> bool:

@@ -59,11 +59,11 @@ def check_schema(path: Path, content: Mapping[str, Any], *, known: int, todo: st
         )
 
 
-def check_fields(path: Path, content: Mapping[str, Any], rules: Mapping[str, tuple[Fits, str]]) -> None:
+def check_fields(path: Path, content: Mapping[str, Any], rules: Mapping[str, tuple[Fits, str]], *, todo: str) -> None:
     """Check that each field of `rules` is there and fits; a rule is a test and the words for what it asks.
 
     Raises:
-        FileFormatError: every field that is missing or does not fit.
+        FileFormatError: every field that is missing or does not fit; the message ends with `todo`.
     """
     problems = []
     for name, (fits, rule) in rules.items():
@@ -72,7 +72,7 @@ def check_fields(path: Path, content: Mapping[str, Any], rules: Mapping[str, tup
         elif not fits(content[name]):
             problems.append(f"{name}: must be {rule}, got {content[name]!r}.")
     if problems:
-        raise FileFormatError(list_problems(str(path), problems))
+        raise FileFormatError(f"{list_problems(str(path), problems)}\n{todo}")
 
 
 def is_int(value: Any) -> bool:

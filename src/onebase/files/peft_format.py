@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from onebase.adapters.matching import for_path
 from onebase.config.methods import Lora
 from onebase.errors import FileFormatError, list_problems
-from onebase.files.atomic import new_folder, recover, write_synced
+from onebase.files.atomic import new_folder, read_steadily, recover, write_synced
 from onebase.files.json_file import to_json
 from onebase.files.peft_config import CONFIG_NAME, config_for, read_config, settings_of
 from onebase.files.record import RECORD_NAME, AdapterRecord, read_record
@@ -106,18 +106,7 @@ def read_adapter(path: Path) -> StoredAdapter:
         FileFormatError: a file is missing, damaged or unsafe, or the adapter is not one that onebase computes.
     """
     folder = find_adapter(path)
-    config, notes = read_config(folder)
-    tensors = _bank_names(folder / TENSORS_NAME, _stored_tensors(folder))
-    problems = _tensor_problems(tensors, config["r"], config.get("rank_pattern") or {})
-    if problems:
-        told = [f"{problem} {_TODO}" for problem in problems]
-        raise FileFormatError(list_problems(str(folder / TENSORS_NAME), told, shown=_SHOWN))
-    modules = sorted({name.rsplit(".", 2)[0] for name in tensors})
-    record = read_record(folder)
-    if record is None:
-        notes.append(f"{folder}: no {RECORD_NAME}, so nobody can tell whether the base is the one it was trained on.")
-    settings = settings_of(folder / CONFIG_NAME, config, modules)
-    return StoredAdapter(folder, settings, tensors, config, record, notes)
+    return read_steadily(folder, lambda: _read(folder))
 
 
 def find_adapter(path: Path) -> Path:
@@ -140,6 +129,21 @@ def find_adapter(path: Path) -> Path:
             f"{path}: the run has no adapter yet. Finish it: onebase train {path / 'config.yaml'} --out {path} --resume"
         )
     raise FileFormatError(f"{path}: {CONFIG_NAME} is missing. Give an adapter's folder or a run's folder.")
+
+
+def _read(folder: Path) -> StoredAdapter:
+    config, notes = read_config(folder)
+    tensors = _bank_names(folder / TENSORS_NAME, _stored_tensors(folder))
+    problems = _tensor_problems(tensors, config["r"], config.get("rank_pattern") or {})
+    if problems:
+        told = [f"{problem} {_TODO}" for problem in problems]
+        raise FileFormatError(list_problems(str(folder / TENSORS_NAME), told, shown=_SHOWN))
+    modules = sorted({name.rsplit(".", 2)[0] for name in tensors})
+    record = read_record(folder)
+    if record is None:
+        notes.append(f"{folder}: no {RECORD_NAME}, so nobody can tell whether the base is the one it was trained on.")
+    settings = settings_of(folder / CONFIG_NAME, config, modules)
+    return StoredAdapter(folder, settings, tensors, config, record, notes)
 
 
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:
