@@ -190,9 +190,12 @@ def _resolve_paths(draft: _Draft, tree: dict[str, Any]) -> None:
 
 def _sources(data: dict[str, Any], name: str) -> Iterator[tuple[Place, Any, Any]]:
     """Yield (place, holder, key) for every path of files in data.train, data.valid or data.test."""
-    places: list[tuple[Place, Any, Any]] = [(("data", name), data, name)]
     if isinstance(data.get(name), list):
-        places = [(("data", name, index), data[name], index) for index in range(len(data[name]))]
+        places: list[tuple[Place, Any, Any]] = [
+            (("data", name, index), data[name], index) for index in range(len(data[name]))
+        ]
+    else:
+        places = [(("data", name), data, name)] if name in data else []
     for path, holder, key in places:
         if isinstance(holder[key], dict):
             path, holder, key = (*path, "path"), holder[key], "path"

@@ -136,8 +136,7 @@ def _unknown(section: type[Section], name: str) -> Problem:
     text = explain(name, known)
     if text is None:
         close = get_close_matches(name, section.model_fields, n=1)
-        advice = f"closest is '{close[0]}'." if close else "List the settings: onebase schema"
-        text = f"unknown setting; {advice}"
+        text = f"unknown setting; closest is '{close[0]}'." if close else "unknown setting. List all: onebase schema"
     return Problem((name,), text, unknown=True)
 
 

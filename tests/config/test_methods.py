@@ -1,0 +1,89 @@
+"""Laws of the adapter methods' settings."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onebase.config import Lora
+from onebase.errors import ConfigError
+from tests.config.trees import adapters
+
+
+@given(adapters)
+def test_settings_hold_what_was_given_and_defaults_elsewhere(values: dict[str, Any]) -> None:
+    lora = Lora(**values)
+    for name, default in Lora():
+        held = getattr(lora, name)
+        assert (str(held) if name == "init_from" and held else held) == values.get(name, default)
+
+
+@given(adapters)
+def test_equal_values_make_equal_settings_however_many_are_written_down(values: dict[str, Any]) -> None:
+    assert Lora(**values) == Lora(**{**dict(Lora()), **values})
+
+
+def test_a_whole_alpha_stays_whole() -> None:
+    assert type(Lora(lora_alpha=32).lora_alpha) is int
+    assert type(Lora(lora_alpha=0.5).lora_alpha) is float
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"r": 0}, "r: must be at least 1, got 0."),
+    ({"r": True}, "r: must be a whole number, got true."),
+    ({"r": 16.0}, "r: must be a whole number, got 16.0."),
+    ({"r": "16"}, "r: must be a whole number, got '16'. Remove the quotes."),
+    ({"r": None}, "r: must be a whole number, got nothing."),
+    ({"method": "dora"}, "method: must be 'lora', got 'dora'. 'dora' is not available in this version."),
+    ({"lora_alpha": 0}, "lora_alpha: must be above 0, got 0."),
+    ({"lora_alpha": "x"}, "lora_alpha: must be a number, got 'x'."),
+    ({"lora_alpha": float("inf")}, "lora_alpha: must be a finite number, got inf."),
+    ({"lora_dropout": 1}, "lora_dropout: must be below 1, got 1."),
+    ({"lora_dropout": -0.1}, "lora_dropout: must be at least 0, got -0.1."),
+    ({"lora_dropout": float("nan")}, "lora_dropout: must be a finite number, got nan."),
+    ({"use_rslora": "no"}, "use_rslora: must be true or false, got 'no'."),
+    ({"target_modules": 3}, "target_modules: must be text or a list of texts, got 3."),
+    ({"target_modules": {"a": 1}}, "target_modules: must be text or a list of texts, got {'a': 1}."),
+    ({"target_modules": []}, "target_modules: must name at least one module, got []."),
+    ({"target_modules": ["q", 3]}, "target_modules[1]: must be text, got 3."),
+    ({"target_modules": "("}, "target_modules: must be a preset, a module's name or a regular expression, got '('"),
+    ({"layers_to_transform": [0, -1]}, "layers_to_transform[1]: must be at least 0, got -1."),
+    ({"layers_to_transform": "a"}, "layers_to_transform: must be a whole number or a list of whole numbers, got 'a'."),
+    ({"layers_pattern": "h"}, "layers_pattern: needs 'layers_to_transform', which is not given. Add it or remove"),
+    ({"rank_pattern": 4}, "rank_pattern: must be a mapping, got 4."),
+    ({"rank_pattern": {"q.proj": 0}}, "rank_pattern.q.proj: must be at least 1, got 0."),
+    ({"rank_pattern": {"q": "a"}}, "rank_pattern.q: must be a whole number, got 'a'."),
+    ({"alpha_pattern": {"q": -1}}, "alpha_pattern.q: must be above 0, got -1."),
+    (
+        {"init_lora_weights": "gausian"},
+        "init_lora_weights: must be true, false or 'gaussian', got 'gausian'. Closest is",
+    ),
+    ({"init_lora_weights": "pissa"}, "got 'pissa'. 'pissa' is not available in this version."),
+    ({"init_from": 3}, "init_from: must be a path, got 3."),
+    ({"lora_r": 8}, "lora_r: unknown setting; here it is 'r'."),
+    ({"lora_aplha": 8}, "lora_aplha: unknown setting; closest is 'lora_alpha'."),
+    ({"xyzzy": 8}, "xyzzy: unknown setting. List all: onebase schema"),
+    ({"use_dora": True}, "use_dora: not available in this version for adapters. Remove it."),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), FAULTS)
+def test_a_fault_names_its_place_the_rule_the_value_and_what_to_do(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Lora(**values)
+    first, fault = str(caught.value).split("\n")
+    assert first == "1 problem in Lora"
+    assert said in fault
+
+
+@given(st.lists(st.sampled_from(FAULTS), min_size=1, unique_by=lambda fault: next(iter(fault[0]))))
+def test_all_faults_are_reported_at_once(faults: list[tuple[dict[str, Any], str]]) -> None:
+    values = {name: value for fault, _ in faults for name, value in fault.items()}
+    if "layers_to_transform" in values and "layers_pattern" in values:
+        values.pop("layers_pattern")
+        faults = [fault for fault in faults if "layers_pattern" not in fault[0]]
+    with pytest.raises(ConfigError) as caught:
+        Lora(**values)
+    assert len(caught.value.problems) == len(faults)
+    assert all(said in str(caught.value) for _, said in faults)

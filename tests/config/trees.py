@@ -1,0 +1,104 @@
+"""Settings as plain values, the way a YAML file holds them, drawn by hypothesis."""
+
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+FILES = ("a.jsonl", "b c.jsonl", "no", "1e-4", "010", "~x", "true", "sub/d.csv")
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8) | st.sampled_from(["no", "1e-4", "~"])
+
+
+def make_files(folder: Path) -> Path:
+    """Return the folder after making every file that trees speak of."""
+    for name in (*FILES, "template.jinja", "adapter/adapter_config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def _number(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, exclude_min=True, exclude_max=True, allow_subnormal=False)
+
+
+def _some(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(required, optional=optional)
+
+
+_file = st.sampled_from(FILES).map(lambda name: f"./{name}")
+_hub = st.just("hub:org/name:train[:10%]")
+_rank = st.integers(1, 512)
+_alpha = st.integers(1, 512) | _number(0, 512)
+_names = st.sampled_from(["all-linear", "q_proj", r".*\.mlp\..*"]) | st.lists(WORDS, min_size=1, max_size=3)
+_part = _some({"path": _file | _hub}, {"weight": _number(0, 9) | st.integers(1, 3)})
+_train = _file | _hub | _part | st.lists(_file | _hub | _part, min_size=1, max_size=3)
+_valid = _file | _hub | st.lists(_file, min_size=1, max_size=2)
+
+adapters = _some(
+    {},
+    {
+        "method": st.just("lora"),
+        "r": _rank,
+        "lora_alpha": _alpha,
+        "lora_dropout": st.floats(0, 1, exclude_max=True, allow_subnormal=False),
+        "use_rslora": st.booleans(),
+        "target_modules": _names,
+        "exclude_modules": _names,
+        "layers_to_transform": st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
+        "rank_pattern": st.dictionaries(WORDS, _rank, max_size=3),
+        "alpha_pattern": st.dictionaries(WORDS, _alpha, max_size=3),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian"]),
+        "init_from": st.just("adapter"),
+    },
+)
+_train_section = _some(
+    {},
+    {
+        "batch_size": st.integers(1, 512),
+        "micro_batch_tokens": st.just("auto") | st.integers(1, 10**6),
+        "learning_rate": _number(0, 1),
+        "lr_scheduler_type": st.sampled_from(["cosine", "linear", "constant"]),
+        "weight_decay": _number(0, 1),
+        "max_grad_norm": st.integers(0, 9) | _number(0, 9),
+        "seed": st.integers(0, 2**63 - 1),
+        "save_every": st.none() | st.integers(1, 1000),
+        "keep_checkpoints": st.integers(1, 9),
+        "activation_checkpointing": st.booleans(),
+        "threads": st.integers(1, 64),
+    },
+)
+_length = st.sampled_from([{"steps": 50}, {"epochs": 3}, {"epochs": 0.5}, {}])
+_warmup = st.sampled_from([{"warmup_steps": 0}, {"warmup_ratio": 0.1}, {}])
+_stepwise = st.sampled_from([{}, {"lr_scheduler_type": "step", "lr_step_size": 5, "lr_step_gamma": 0.5}])
+_evaluated = st.sampled_from([{}, {"eval_every": 5}, {"eval_every": 5, "early_stopping_patience": 2}])
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw settings without a fault, whose paths lie in a folder made by `make_files`."""
+    data: dict[str, Any] = {"train": draw(_train)}
+    train = draw(_train_section) | draw(_length) | draw(_warmup) | draw(_stepwise)
+    if draw(st.booleans()):
+        data["valid"] = draw(_valid | _number(0, 1))
+        train |= draw(_evaluated) | draw(st.sampled_from([{}, {"keep_best": True}, {"keep_best": False}]))
+    elif draw(st.booleans()):
+        train["keep_best"] = False
+    data |= draw(
+        _some(
+            {},
+            {"test": _valid, "max_length": st.integers(2, 4096), "columns": st.dictionaries(WORDS, WORDS, max_size=2)},
+        )
+    )
+    data |= draw(_some({}, {"on_bad_row": st.sampled_from(["error", "skip"]), "shuffle": st.booleans()}))
+    task = draw(st.sampled_from(["chat", "text"]))
+    if task == "chat":
+        chat = {"labels": st.sampled_from(["all", "last"]), "system": WORDS, "template": st.just("template.jinja")}
+        data |= draw(_some({}, chat))
+    tree = {"model": draw(st.sampled_from(["org/name", "smollm2-135m-instruct", "./sub"])), "task": task, "data": data}
+    rest = {
+        "revision": WORDS,
+        "dtype": st.sampled_from(["auto", "float32"]),
+        "device": st.sampled_from(["cpu", "cuda:1"]),
+    }
+    rest |= {"trust_remote_code": st.booleans(), "adapter": adapters, "eval": st.just({"batch_tokens": 64})}
+    return tree | {"train": train} | draw(_some({}, rest))
