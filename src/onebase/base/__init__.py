@@ -1,0 +1,1 @@
+"""The one frozen model: found, fetched, opened, fingerprinted, and its modules listed."""

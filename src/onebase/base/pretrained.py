@@ -1,0 +1,391 @@
+"""The one door to transformers (and gguf): models found, fetched, converted, opened, and quiet.
+
+`locate` turns a name into a folder on this machine: a packaged model (packages.py), a folder, a GGUF file (converted
+once, kept by its hash), a model of the hub (downloaded into the hub's own cache). `open_pretrained` opens that folder,
+frozen, and nothing it could not load exactly: a missing, unexpected or misshapen weight is an error, where
+transformers warns. The other functions are the few things that other files need from transformers. The hub: hub.py.
+
+Everything heavy is imported inside functions. Cost: 2-4 s to import transformers, under 1 s for a small model.
+"""
+
+import importlib.util
+import io
+import json
+import mmap
+import struct
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onebase.base import hub
+from onebase.base.cache import Say, build_once, home, say_on_stderr
+from onebase.base.device import resolve_device as resolve_device  # noqa: PLC0414 (model.py reads both from here)
+from onebase.base.device import resolve_dtype as resolve_dtype  # noqa: PLC0414
+from onebase.base.fingerprint import file_sha256
+from onebase.base.packages import PACKAGES, fetch
+from onebase.base.place import (
+    ModelPlace,
+    check_model_folder,
+    first_line,
+    looks_like_path,
+    not_found,
+    read_json,
+    unloaded_weights,
+)
+from onebase.errors import (
+    CapacityError,
+    ConfigError,
+    FileFormatError,
+    MissingExtraError,
+    ModelError,
+    list_problems,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def locate(
+    name: str, *, revision: str | None = None, offline: bool | None = None, say: Say = say_on_stderr
+) -> ModelPlace:
+    """Return where a model stands on this machine, after fetching or converting it if that is needed.
+
+    Args:
+        name: a packaged model's name, a folder, a `.gguf` file, or a hub id; the first of these that it is.
+        revision: a branch, tag or commit; for hub models alone.
+        offline: never use the network. None: as HF_HUB_OFFLINE says for the hub.
+        say: takes a line for each thing that takes long.
+
+    Raises:
+        ModelError: there is no such model; the message says what was looked for and where.
+        FileFormatError: it is there, but damaged.
+    """
+    path = Path(name).expanduser()
+    local = name in PACKAGES or looks_like_path(name) or path.is_dir()
+    if local and revision is not None:
+        raise ConfigError(f"revision: only models of the hub have one; '{name}' is on this machine, got '{revision}'.")
+    if name in PACKAGES:
+        return ModelPlace(name, fetch(name, convert_gguf, offline=offline is True, say=say), "packaged")
+    if path.is_dir():
+        check_model_folder(path, name)
+        return ModelPlace(name, path.absolute(), "folder")
+    if path.is_file():
+        return ModelPlace(name, _converted(path, say), "gguf")
+    if looks_like_path(name):
+        raise not_found(name, PACKAGES)
+    return hub.locate_on_hub(name, revision=revision, offline=hub.is_off() if offline is None else offline, say=say)
+
+
+def _converted(path: Path, say: Say) -> Path:
+    """Return the folder that a GGUF file was converted to, now or earlier: it is named by the file's hash."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise FileFormatError(f"{path}: is a file, but not a GGUF file. Name a folder, a .gguf file or a hub id.")
+    folder = home() / "models" / f"{path.stem}-{file_sha256(path)[:16]}"
+
+    def build(partial: Path) -> None:
+        started = time.monotonic()
+        say(f"converting {path} to safetensors, once")
+        convert_gguf(path, partial)
+        say(f"{path.name} is ready after {time.monotonic() - started:.0f} s: {folder}")
+
+    return build_once(folder, build, say=say)
+
+
+# ---------------------------------------------------------------------------------------------------------- converting
+
+
+# llama.cpp's pre-tokenizers that split every digit off before anything else; transformers' reader knows none of them.
+# Without this, blanks before a number are cut differently from how the model learned them ("\n\n1" is 3 tokens, not 2).
+# Source: llama.cpp, src/llama-vocab.cpp, llm_tokenizer_bpe, the case that begins with LLAMA_VOCAB_PRE_TYPE_STARCODER.
+_SPLITS_DIGITS = {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"}
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Fill `folder` with the model of a GGUF file: safetensors in float32 (exact), tokenizer, template, no local path.
+
+    The same file gives the same bytes each time. transformers will not save a model that it calls quantised, so the
+    state moves into a plain one.
+
+    Raises:
+        FileFormatError: the file is damaged, or of an architecture that transformers cannot read from GGUF.
+    """
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(f"reading GGUF files needs {package}. Install it: pip install {package}")
+    import torch
+    import transformers
+
+    try:
+        with silence(), redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+            arguments: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **arguments)
+            _mend_digits(tokenizer, gguf)
+            if hasattr(transformers, "GgufConfig"):
+                arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
+            config = _plain_config(loaded.config)
+            with torch.device("meta"):
+                plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            plain.load_state_dict(loaded.state_dict(), assign=True)
+            plain.tie_weights()
+            if tokenizer.model_max_length > 1e9:
+                tokenizer.model_max_length = config.get_text_config().max_position_embeddings
+            plain.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError, IndexError) as error:
+        raise FileFormatError(f"{gguf}: cannot be read as a GGUF model: {first_line(error)}") from error
+    _clean_json(folder / "config.json", {"quantization_config"})
+    _clean_json(folder / "generation_config.json", set())
+    _clean_json(folder / "tokenizer_config.json", {"is_local", "local_files_only", "name_or_path"})
+
+
+def _plain_config(config: Any) -> Any:
+    written = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+    written.pop("quantization_config", None)
+    return type(config).from_dict(written)
+
+
+def _mend_digits(tokenizer: Any, gguf: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    if _gguf_text(gguf, "tokenizer.ggml.pre") in _SPLITS_DIGITS and isinstance(
+        backend.pre_tokenizer, pre_tokenizers.ByteLevel
+    ):
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+
+
+def _gguf_text(gguf: Path, key: str) -> str | None:
+    """Return a text of a GGUF file's header: gguf's own reader takes seconds, for it reads the whole vocabulary too."""
+    text_type = 8
+    start = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", text_type)
+    with gguf.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = content.find(start)
+        if found < 0:
+            return None
+        at = found + len(start) + 8
+        (length,) = struct.unpack("<Q", content[at - 8 : at])
+        return content[at : at + length].decode("utf-8", errors="replace")
+
+
+def _clean_json(path: Path, unwanted: set[str]) -> None:
+    """Drop what says where and how the file was made: keys that begin with an underscore, and the unwanted ones."""
+    if path.is_file():
+        kept = {k: v for k, v in read_json(path).items() if not k.startswith("_") and k not in unwanted}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def open_pretrained(
+    place: ModelPlace,
+    *,
+    dtype: "torch.dtype | None" = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    say: Say = say_on_stderr,
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer): the model frozen, in evaluation mode, every weight exactly as stored.
+
+    Args:
+        place: where it stands, from `locate`.
+        dtype: None keeps the format it is stored in.
+        device: as torch names it.
+        trust_remote_code: run Python code that comes with the model; said when it happens.
+        say: takes what the user should know.
+
+    The tokenizer is None where the folder has none (vision models).
+
+    Raises:
+        ModelError: it cannot be opened, or its files do not hold exactly the weights it needs.
+        FileFormatError: a weight file is damaged.
+        CapacityError: memory does not suffice.
+    """
+    check_model_folder(place.folder, place.name)
+    if trust_remote_code and (brought := _own_code(place.folder)):
+        say(f"{place.name}: running Python code that comes with the model (trust_remote_code): {', '.join(brought)}")
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
+    with silence(), _explained_open_errors(place):
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(place.folder, **arguments)
+        prequantised = getattr(config, "quantization_config", None) is not None
+        model, loading = _model_class(config).from_pretrained(
+            place.folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            device_map={"": device} if prequantised else None,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that all are listed; any is an error below
+            output_loading_info=True,
+            **arguments,
+        )
+        _check_loaded(place, model, loading, say)
+        if not prequantised:
+            model = model.to(device)
+        has_tokenizer = any((place.folder / name).is_file() for name in _TOKENIZER_FILES)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.folder, **arguments) if has_tokenizer else None
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _model_class(config: Any) -> Any:
+    """Return the class that opens a model: the one that config.json names, by the causal-language-model door if it can."""
+    import transformers
+
+    named = (config.architectures or [""])[0]
+    if named.endswith(("ForCausalLM", "LMHeadModel")):
+        return transformers.AutoModelForCausalLM
+    own = getattr(transformers, named, None) if named else None
+    return own if own is not None and hasattr(own, "from_pretrained") else transformers.AutoModel
+
+
+def _check_loaded(place: ModelPlace, model: Any, loading: dict[str, Any], say: Say) -> None:
+    """Hold transformers' account of what it loaded against what there was: all of it, and nothing invented."""
+    problems, parts = unloaded_weights(
+        (name for name, _ in model.named_modules()),
+        loading["missing_keys"],
+        loading["unexpected_keys"],
+        (f"{name}: {tuple(stored)} in the file, but {tuple(needed)} in the model"
+         for name, stored, needed in loading["mismatched_keys"]),
+    )  # fmt: skip
+    if problems:
+        kind = type(model).__name__
+        told = list_problems(f"the weights in {place.folder} for a {kind}", problems, shown=10)
+        raise ModelError(f"{place.name}: {told}\nDo config.json and the weights belong together? Get both again.")
+    if parts:
+        more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+        say(f"{place.name}: a {type(model).__name__} does not use {', '.join(parts[:3])}{more}")
+
+
+@contextmanager
+def _explained_open_errors(place: ModelPlace) -> Iterator[None]:
+    """Turn what transformers and torch raise on opening into our errors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except MemoryError as error:
+        raise CapacityError(f"{place.name}: does not fit into memory. {_SMALLER}") from error
+    except SafetensorError as error:
+        raise FileFormatError(
+            f"{place.folder}: a weight file is damaged ({error}). Copy or download it again."
+        ) from error
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{place.name}: opening it needs a package that is not here: {first_line(error)}"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        text = str(error)
+        if "out of memory" in text or "can't allocate memory" in text:
+            raise CapacityError(f"{place.name}: does not fit into memory ({first_line(error)}). {_SMALLER}") from error
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{place.name}: needs Python code that comes with it ({', '.join(_own_code(place.folder)) or place.folder}). "
+                "Read it; if you trust it, set trust_remote_code: true"
+            ) from error
+        raise ModelError(f"{place.name}: transformers cannot open {place.folder}: {first_line(error)}") from error
+
+
+_SMALLER = "Free some, choose a smaller model, or set dtype: bfloat16"
+
+
+def _own_code(folder: Path) -> list[str]:
+    """Return the classes that a model brings as code of its own (`auto_map` in its files)."""
+    brought: set[str] = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        mapped = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
+        for value in mapped.values() if isinstance(mapped, dict) else []:
+            brought.update(part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str))
+    return sorted(brought)
+
+
+# ----------------------------------------------------------------------------------- what else is needed of transformers
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Let transformers say nothing: no progress bars, log lines or warnings; as it was, afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Let models that are set to the attention implementation `name` call `function`; no mask is built for them."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)
+
+
+def unregister_attention(name: str) -> None:
+    """Forget an attention implementation; unknown names are fine. transformers itself offers no way to do it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface._global_mapping.pop(name, None)
+
+
+def enable_checkpointing(model: Any, context_function: Callable[[], tuple[Any, Any]]) -> list[Any]:
+    """Make a model recompute its blocks in the backward, under `context_function`'s contexts; return the blocks.
+
+    A block is recomputed only while its `training` is set, which is the caller's to do.
+
+    Raises:
+        ConfigError: the model has no blocks that can be recomputed.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks or not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"train.activation_checkpointing: a {type(model).__name__} cannot recompute its blocks. Set it to false."
+        )
+    arguments = {"use_reentrant": False, "context_fn": context_function}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    return blocks
+
+
+def disable_checkpointing(model: Any) -> None:
+    """Undo `enable_checkpointing`."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def generation_config_of(model: Any) -> Any:
+    """Return how a model generates by default (its end tokens, sampling); an empty configuration where it says nothing."""
+    from transformers import GenerationConfig
+
+    config = getattr(model, "generation_config", None)
+    return GenerationConfig() if config is None else config
