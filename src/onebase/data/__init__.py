@@ -1,0 +1,1 @@
+"""What is learned from: rows of any usual shape, as tokens with labels, in flat batches."""
