@@ -9,7 +9,6 @@ needs no mask: its padding lies after every real token. Registered with the mode
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from onebase.ops.layout import Group, Layout
+from onebase.ops.rows import spread_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,13 @@ def flat_attention(
     rule: AttentionRule,
 ) -> Float[Tensor, "tokens heads dim_v"]:
     """Return every token's attention over its own example; equal to `reference`."""
-    q, k, v = (_to_slots(part.transpose(0, 1), layout) for part in (query, key, value))
+    q, k, v = (spread_rows(part.transpose(0, 1), layout.slots, layout.slot_count) for part in (query, key, value))
     outputs = []
     for group in layout.groups:
         parts = (_of_group(q, group), _of_group(k, group), _of_group(v, group))
         outputs.append(_group_attention(*parts, key, value, group, rule))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _MoveRows.apply(joined, layout.slots, layout.slot_count, False)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _to_slots(rows: Tensor, layout: Layout) -> Tensor:
-    """Return (tokens, heads, dim) spread over the slots, (slots, heads, dim)."""
-    return _MoveRows.apply(rows, layout.slots, layout.slot_count, True)  # type: ignore[no-any-return,no-untyped-call]
+    return take_rows(joined, layout.slots)
 
 
 def _of_group(slots: Tensor, group: Group) -> Tensor:
@@ -146,24 +141,3 @@ def at_least_fp32(numbers: Tensor) -> Tensor:
 
 def _scale(query: Tensor, rule: AttentionRule) -> float:
     return float(query.shape[-1] ** -0.5) if rule.scale is None else rule.scale
-
-
-class _MoveRows(torch.autograd.Function):
-    """Spread rows over slots (padding is zero), or gather them back: each is the other's backward."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, slots: Tensor, slot_count: int, spread: bool) -> Tensor:  # type: ignore[override]
-        ctx.slots, ctx.slot_count, ctx.spread = slots, slot_count, spread
-        return _spread(rows, slots, slot_count) if spread else rows.index_select(0, slots.to(rows.device))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.spread:
-            moved = grad.index_select(0, ctx.slots.to(grad.device))
-        else:
-            moved = _spread(grad, ctx.slots, ctx.slot_count)
-        return moved, None, None, None
-
-
-def _spread(rows: Tensor, slots: Tensor, slot_count: int) -> Tensor:
-    return rows.new_zeros(slot_count, *rows.shape[1:]).index_copy_(0, slots.to(rows.device), rows)

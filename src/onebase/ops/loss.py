@@ -181,7 +181,12 @@ def _add_update_gradient(d_hidden: Tensor, d_logits: Tensor, h: Tensor, job: _Jo
 
 
 def _chunk_by_autograd(
-    hidden: Tensor, job: _Job, chunk: slice, d_hidden: Tensor | None, d_parts: list[Tensor], trainable: tuple[Tensor, ...]
+    hidden: Tensor,
+    job: _Job,
+    chunk: slice,
+    d_hidden: Tensor | None,
+    d_parts: list[Tensor],
+    trainable: tuple[Tensor, ...],
 ) -> None:
     """Fill the chunk's losses and add its gradients for every trainable part of the head."""
     with torch.enable_grad():

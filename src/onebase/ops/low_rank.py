@@ -29,15 +29,15 @@ from onebase.ops.segments import NO_OWNER, Segments, spans
 class LowRank:
     """The low-rank pairs on one layer, and what of them each owner of a segment uses.
 
-    `pair_of_owner[k]` is the index of owner k's pair, `NO_OWNER` where owner k has none here; its last entry stands
-    for rows without an owner. `lora_A[j]` is (r_j, in), `lora_B[j]` is (out, r_j).
+    `pair_of_owner[k]` is the index of owner k's pair, `NO_OWNER` where owner k has none here; an owner beyond its end
+    has none either. `lora_A[j]` is (r_j, in), `lora_B[j]` is (out, r_j).
     """
 
     lora_A: tuple[Tensor, ...]
     lora_B: tuple[Tensor, ...]
     scaling: Float[Tensor, " pairs"]
     dropout: Float[Tensor, " pairs"]
-    pair_of_owner: Int64[Tensor, " owners_plus_1"]
+    pair_of_owner: Int64[Tensor, " owners"]
 
 
 def reference(
@@ -53,7 +53,7 @@ def reference(
     """
     pieces = []
     for start, end, owner in segments:
-        pair = int(low_rank.pair_of_owner[owner])
+        pair = _pair_of(owner, low_rank.pair_of_owner.tolist())
         piece = y[start:end]
         if pair != NO_OWNER:
             rows = x[start:end].to(y.dtype)
@@ -156,7 +156,7 @@ def _forward(
     h = x.new_empty(x.shape[0], max(A.shape[0] for A in lora_A))
     scales, lookup = scaling.tolist(), pair_of_owner.tolist()
     for start, end, owner in spans(offsets, owners):
-        pair = lookup[owner]
+        pair = _pair_of(owner, lookup)
         if pair == NO_OWNER:
             continue
         A, B = lora_A[pair].to(y.dtype), lora_B[pair].to(y.dtype)
@@ -168,9 +168,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *index: Tensor | None
-) -> Tensor:
+def _(y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *index: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], max(A.shape[0] for A in lora_A))
 
 
@@ -202,7 +200,7 @@ def _backward(
     dB = [torch.zeros_like(B) for B in lora_B]
     scales, lookup = scaling.tolist(), pair_of_owner.tolist()
     for start, end, owner in spans(offsets, owners):
-        pair = lookup[owner]
+        pair = _pair_of(owner, lookup)
         if pair == NO_OWNER:
             continue
         A, B = lora_A[pair].to(grad.dtype), lora_B[pair].to(grad.dtype)
@@ -232,3 +230,8 @@ def _dropped(rows: Tensor, dropout: Tensor, pair: int, row_keys: Tensor | None, 
     if row_keys is None or p == 0:
         return rows
     return rows * keep_mask(row_keys[start : start + rows.shape[0]], rows.shape[1], p) / (1 - p)
+
+
+def _pair_of(owner: int, lookup: Sequence[int]) -> int:
+    """Return the index of an owner's pair, `NO_OWNER` for rows without an owner or an owner without a pair here."""
+    return lookup[owner] if NO_OWNER < owner < len(lookup) else NO_OWNER

@@ -1,0 +1,215 @@
+"""The bank: the adapters on one base, and the route of a batch to them.
+
+A bank puts wrappers around the base's target modules, once each, and numbers its adapters. One adapter is a bank of
+one: there is no other way to run one. The base's weights are never written; removing the last adapter of a layer puts
+the frozen module itself back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onebase.adapters.layer import AdaptedLayer
+from onebase.adapters.lora import LoraTarget, make_target
+from onebase.adapters.matching import Candidate, choose_targets
+from onebase.base.model import Base, padded_rows, padded_segments
+from onebase.base.route import Route, RowSpace
+from onebase.base.targets import list_targets
+from onebase.config.methods import Lora
+from onebase.errors import ConfigError, FileFormatError, list_problems
+from onebase.ops.layout import Layout
+from onebase.ops.loss import HeadRecord
+from onebase.ops.segments import NO_OWNER, Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What one fine-tune learns: its settings and its tensors, by module path in model order.
+
+    `seed` gave the initial weights and keys its dropout. `warnings` are what its target settings leave to be said.
+    """
+
+    name: str
+    settings: Lora
+    seed: int
+    targets: Mapping[str, LoraTarget]
+    warnings: tuple[str, ...] = ()
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every trained tensor with its name, in model order."""
+        for target in self.targets.values():
+            yield from target.parameters()
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained numbers."""
+        return sum(p.numel() for _, p in self.parameters())
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors by name, detached: what an adapter file holds."""
+        return {name: p.detach() for name, p in self.parameters()}
+
+    @torch.no_grad()
+    def load_state_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the adapter's own.
+
+        Raises:
+            FileFormatError: missing or unexpected names, or shapes that differ; nothing is copied then.
+        """
+        own = dict(self.parameters())
+        problems = [f"{name} is missing." for name in own if name not in tensors]
+        problems += [
+            f"{name} belongs to no target of this adapter on this base." for name in tensors if name not in own
+        ]
+        problems += [
+            f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}."
+            for name, tensor in tensors.items()
+            if name in own and own[name].shape != tensor.shape
+        ]
+        if problems:
+            raise FileFormatError(list_problems(f"the tensors of adapter {self.name!r}", problems, shown=10))
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+class Bank:
+    """Adapters on one base. At most one bank is on a base at a time."""
+
+    def __init__(self, base: Base) -> None:
+        if any(isinstance(module, AdaptedLayer) for module in base.model.modules()):
+            raise ConfigError(f"{base.name} already has a bank: add the adapter to that one.")
+        self.base = base
+        self._adapters: dict[str, Adapter] = {}
+        self._numbers: dict[str, int] = {}
+        self._layers: dict[str, AdaptedLayer] = {}
+        self._candidates = [
+            Candidate(path, target.kind, target.role) for target in list_targets(base.model) for path in target.paths
+        ]
+        order = {name: place for place, (name, _) in enumerate(base.model.named_modules())}
+        self._candidates.sort(key=lambda c: order[c.path])
+        self._head_path = _path_of(base.model, base.model.get_output_embeddings())
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name, in the order of their adding."""
+        return dict(self._adapters)
+
+    def add(self, name: str, settings: Lora, *, seed: int = 0, tensors: Mapping[str, Tensor] | None = None) -> Adapter:
+        """Put a new adapter on the base and return it; with `tensors`, one that was trained before.
+
+        Raises:
+            ConfigError: the name is taken.
+            TargetError: the settings name a module that is not there, or none.
+            FileFormatError: `tensors` are not those of this adapter on this base.
+        """
+        if name in self._adapters:
+            raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
+        match = choose_targets(
+            self._candidates,
+            settings.target_modules,
+            exclude_modules=settings.exclude_modules,
+            layers_to_transform=settings.layers_to_transform,
+            layers_pattern=settings.layers_pattern,
+            model_name=self.base.name,
+        )
+        targets = {}
+        for path in match.paths:
+            shape = self._module(path).weight.shape
+            targets[path] = make_target(settings, path, (shape[0], shape[1]), seed, self.base.device)
+        adapter = Adapter(name, settings, seed, targets, match.warnings)
+        if tensors is not None:
+            adapter.load_state_(tensors)
+        number = self._free_number()
+        for path, target in targets.items():
+            self._wrap(path).put(number, target)
+        self._adapters[name], self._numbers[name] = adapter, number
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the base; layers without any adapter become the frozen modules again."""
+        self._adapter(name)
+        number = self._numbers.pop(name)
+        for path in self._adapters.pop(name).targets:
+            layer = self._layers[path]
+            layer.take_off(number)
+            if layer.is_bare:
+                _set_module(self.base.model, path, self._layers.pop(path).base_layer)
+
+    def route(self, layout: Layout, *, label_rows: Tensor | None = None, dropout_step: int | None = None) -> Route:
+        """Return the route of a flat batch: each node's rows go to the adapter that owns it.
+
+        Args:
+            label_rows: the labelled rows, for dropout on an adapted head.
+            dropout_step: the step that keys dropout; None switches dropout off.
+        """
+        owners = [NO_OWNER if node.owner is None else self._number(node.owner) for node in layout.nodes]
+        lengths = [node.length for node in layout.nodes]
+        if self.base.layout_kind == "padded":
+            lengths, nodes = padded_segments(layout)
+            token = Segments.of(lengths, [owners[i] for i in nodes])
+        else:
+            token = Segments.of(lengths, owners)
+        label = Segments.of([node.labels for node in layout.nodes], owners)
+        keys: dict[RowSpace, Tensor] = {}
+        if dropout_step is not None and any(a.settings.lora_dropout for a in self._adapters.values()):
+            seeds = [0 if node.owner is None else self._adapters[node.owner].seed for node in layout.nodes]
+            token_keys = layout.row_keys(seeds, dropout_step)
+            if label_rows is not None:
+                keys[RowSpace.LABEL] = token_keys[label_rows].to(self.base.device)
+            if self.base.layout_kind == "padded":
+                token_keys = token_keys[padded_rows(layout)[0].flatten()]
+            keys[RowSpace.TOKEN] = token_keys.to(self.base.device)
+        return Route(layout=layout, rows={RowSpace.TOKEN: token, RowSpace.LABEL: label}, row_keys=keys)
+
+    def sole_route(self, name: str | None) -> Route:
+        """Return the route that gives every row to one adapter (None: to the base alone), whatever the batch."""
+        return Route(sole_owner=NO_OWNER if name is None else self._number(name))
+
+    @property
+    def head(self) -> HeadRecord | None:
+        """The output head as the loss takes it, with the low-rank pairs on it."""
+        head = self.base.head
+        layer = self._layers.get(self._head_path or "")
+        if head is None or layer is None:
+            return head
+        return HeadRecord(head.weight, head.bias, head.scale, head.soft_cap, layer.low_rank)
+
+    def _number(self, name: str) -> int:
+        self._adapter(name)
+        return self._numbers[name]
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise ConfigError(f"no adapter {name!r} in the bank; it has {', '.join(self._adapters) or 'none'}.")
+        return self._adapters[name]
+
+    def _free_number(self) -> int:
+        used = set(self._numbers.values())
+        return next(n for n in range(len(used) + 1) if n not in used)
+
+    def _module(self, path: str) -> Any:
+        return self.base.model.get_submodule(path)
+
+    def _wrap(self, path: str) -> AdaptedLayer:
+        if path not in self._layers:
+            space = RowSpace.LABEL if path == self._head_path else RowSpace.TOKEN
+            layer = AdaptedLayer(self._module(path), path, space, self.base.slot)
+            layer.train(self._module(path).training)
+            _set_module(self.base.model, path, layer)
+            self._layers[path] = layer
+        return self._layers[path]
+
+
+def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return next((path for path, found in model.named_modules() if found is module and module is not None), None)
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,174 @@
+"""Which modules a setting names: target_modules, exclude_modules, layers_to_transform and the patterns.
+
+The meanings are PEFT's (peft.tuners.tuners_utils.check_target_module_exists, 0.21): a string is a regular expression
+for the whole path, a list holds names or path ends, "all-linear" is every linear layer but the output head. The
+presets "attention" and "mlp" are ours. Where PEFT is silent when one pattern of several matches nothing, this raises.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from onebase.errors import TargetError, list_problems
+
+PRESETS = ("all-linear", "attention", "mlp")
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that an adapter may be put on: where it is, what it is, and the part of a block that it belongs to."""
+
+    path: str
+    kind: str  # "linear", "conv1d", "embedding", ...
+    role: str  # "attention", "mlp", "head", "other"
+
+    def layer(self, layers_pattern: str | Sequence[str] | None = None) -> int | None:
+        """Return the number of the block it lies in: after a list of blocks of that name, or after any."""
+        names = (
+            [r"[^.]+"]
+            if not layers_pattern
+            else [layers_pattern]
+            if isinstance(layers_pattern, str)
+            else layers_pattern
+        )
+        for name in names:
+            found = re.search(rf"(?:^|\.){name}\.(\d+)\.", self.path)
+            if found:
+                return int(found.group(1))
+        return None
+
+
+@dataclass(frozen=True)
+class Match:
+    """What settings came to: the paths, in model order, and what a user should be told."""
+
+    paths: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Return whether a name or path end of a list names `path`."""
+    return path == pattern or path.endswith("." + pattern)
+
+
+def for_path(patterns: Mapping[str, _V], path: str, otherwise: _V) -> _V:
+    """Return the value of the first pattern that matches the end of `path`, or `otherwise`.
+
+    Source: peft.utils.other.get_pattern_key: each key is a regular expression for the path or its end.
+    """
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return otherwise
+
+
+def choose_targets(
+    candidates: Sequence[Candidate],
+    target_modules: str | Sequence[str],
+    *,
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    model_name: str,
+) -> Match:
+    """Return the modules that the settings name.
+
+    Raises:
+        TargetError: a pattern, an exclusion or a layer that matches nothing, or a module that is no linear layer.
+    """
+    problems: list[str] = []
+    chosen = _named(candidates, target_modules, "adapter.target_modules", problems, model_name)
+    if exclude_modules is not None:
+        out = _named(chosen, exclude_modules, "adapter.exclude_modules", problems, model_name)
+        chosen = [c for c in chosen if c not in out]
+    warnings = _partial(candidates, chosen)
+    if layers_to_transform is not None:
+        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        layers = {c.path: c.layer(layers_pattern) for c in chosen}
+        missing = sorted(wanted - {layer for layer in layers.values() if layer is not None})
+        if missing and chosen:
+            problems.append(
+                f"adapter.layers_to_transform: no target lies in layer {', '.join(map(str, missing))}; the targets lie "
+                f"in layers {_spread(layers.values())}."
+            )
+        chosen = [c for c in chosen if layers[c.path] in wanted]
+    wrong = sorted({f"{c.path.rpartition('.')[2]} ({c.kind})" for c in chosen if c.kind != "linear"})
+    if wrong:
+        problems.append(
+            f"adapter.target_modules: LoRA goes on linear layers in this version, got {', '.join(wrong)}. "
+            f"List them: onebase targets {model_name}"
+        )
+    if not problems and not chosen:
+        problems.append(f"adapter.target_modules: nothing is left to adapt. List them: onebase targets {model_name}")
+    if problems:
+        raise TargetError(list_problems("adapter", problems))
+    return Match(tuple(c.path for c in chosen), tuple(warnings))
+
+
+def _named(
+    candidates: Sequence[Candidate], names: str | Sequence[str], where: str, problems: list[str], model_name: str
+) -> list[Candidate]:
+    """Return the candidates that a setting names; every name that matches none becomes a problem."""
+    if isinstance(names, str) and names in PRESETS:
+        found = [c for c in candidates if _in_preset(c, names)]
+        if not found:
+            problems.append(f"{where}: {names!r} matches none of the layers of {model_name}.")
+        return found
+    if isinstance(names, str):
+        try:
+            found = [c for c in candidates if re.fullmatch(names, c.path)]
+        except re.error as error:
+            problems.append(f"{where}: {names!r} is not a regular expression: {error}.")
+            return []
+        if not found:
+            problems.append(
+                f"{where}: the regular expression {names!r} matches none of {len(candidates)} layers; it must match "
+                f"a whole path, such as {candidates[0].path!r}. Name parts in a list instead: [{names}]"
+            )
+        return found
+    keep = []
+    for name in names:
+        hits = [c for c in candidates if matches(name, c.path)]
+        if not hits:
+            problems.append(f"{where}: {name!r} {_nothing(name, candidates, model_name)}")
+        keep += hits
+    return [c for c in candidates if c in keep]
+
+
+def _in_preset(candidate: Candidate, preset: str) -> bool:
+    if candidate.kind != "linear" or candidate.role in ("head", "router"):
+        return False
+    return preset == "all-linear" or candidate.role == preset
+
+
+def _nothing(name: str, candidates: Sequence[Candidate], model_name: str) -> str:
+    """Return the sentence about a name that matches nothing."""
+    linear = [c for c in candidates if c.kind == "linear"]
+    ends = sorted({c.path.rpartition(".")[2] for c in linear} | set(PRESETS))
+    close = difflib.get_close_matches(name.rpartition(".")[2], ends, 1, 0.5)
+    hint = f"closest is {close[0]!r}" if close else f"there are {', '.join(ends)}"
+    return f"matches none of {len(linear)} linear layers; {hint}. List them: onebase targets {model_name}"
+
+
+def _partial(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> list[str]:
+    """Return a warning for every module name that is chosen in some of the blocks only."""
+    blocks = {layer for c in candidates if (layer := c.layer()) is not None}
+    warnings = []
+    by_end: dict[str, set[int]] = {}
+    for candidate in chosen:
+        if (layer := candidate.layer()) is not None:
+            by_end.setdefault(candidate.path.rpartition(".")[2], set()).add(layer)
+    for end, layers in by_end.items():
+        if len(layers) < len(blocks):
+            warnings.append(f"{end} is adapted in {len(layers)}/{len(blocks)} blocks")
+    return warnings
+
+
+def _spread(layers: Iterable[int | None]) -> str:
+    numbers = sorted(layer for layer in layers if layer is not None)
+    return f"{numbers[0]} to {numbers[-1]}" if numbers else "without a number"

@@ -1,0 +1,144 @@
+"""The self-check of a base: does it run flat, and is its output head one that the fused loss can express?
+
+Two random examples that share a prefix, one of them longer than a sliding window, are run flat and compared with the
+model's own forward on each alone, hidden states, logits and loss. Where they differ the base runs padded, and the
+same comparison is made there; a model for which neither holds is refused. Nothing is decided by a model's name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onebase.base.flat import NotFlatError
+from onebase.base.route import Route, RowSpace
+from onebase.errors import ModelError
+from onebase.ops.layout import Layout, Node
+from onebase.ops.loss import HeadRecord, reference
+from onebase.ops.segments import NO_OWNER, Segments
+
+if TYPE_CHECKING:
+    from onebase.base.model import Base
+
+# Relative to the largest logit: rounding in another order, at most; a wrong mask or position is off by far more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+_LONGEST_WINDOW = 1024
+
+
+def head_of(model: Any) -> HeadRecord | None:
+    """Return the model's output head as a record, or None for a model without one (an encoder).
+
+    Raises:
+        ModelError: the head is no plain linear layer.
+    """
+    module = model.get_output_embeddings()
+    if module is None:
+        return None
+    if getattr(module, "weight", None) is None or module.weight.dim() != 2:
+        raise ModelError(
+            f"the output head of {type(model).__name__} is a {type(module).__name__}, not a linear layer: its loss "
+            f"cannot be computed in chunks. Use a model with a linear head."
+        )
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = float(config.logit_scale)
+    return HeadRecord(
+        weight=module.weight,
+        bias=getattr(module, "bias", None),
+        scale=scale,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def choose_layout(base: Base) -> Literal["flat", "padded"]:
+    """Return the layout in which the base equals its own model, and set `base.position_offset` where flat needs one.
+
+    Raises:
+        ModelError: the base equals its model in neither.
+    """
+    layout, ids = _probe(base)
+    expected = _own_results(base, layout, ids)
+    padding = getattr(base.model.config, "pad_token_id", None)
+    found = []
+    for kind, offset in (("flat", 0), ("flat", (padding or 0) + 1), ("padded", 0)):
+        base.layout_kind, base.position_offset = kind, offset  # type: ignore[assignment]
+        try:
+            difference = _difference(base, layout, ids, expected)
+        except (NotFlatError, TypeError, ValueError, KeyError, IndexError) as error:
+            found.append(f"{kind}: {error}")
+            continue
+        if difference <= TOLERANCE[base.dtype]:
+            return kind  # type: ignore[return-value]
+        found.append(f"{kind}, positions from {offset}: differs by {difference:.1e} of the largest logit")
+    raise ModelError(
+        f"{base.name}: the logits and loss computed by onebase do not equal the model's own ({'; '.join(found)}). "
+        f"This architecture ({type(base.model).__name__}) is not supported."
+    )
+
+
+def _probe(base: Base) -> tuple[Layout, Tensor]:
+    """Return a layout of a shared prefix and two examples, one longer than the window, and its random tokens."""
+    config = base.model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    longest = window + 9 if 0 < window <= _LONGEST_WINDOW else 21
+    longest = min(longest, (base.max_length or longest + 8) - 8)
+    layout = Layout([Node(5), Node(max(longest - 5, 2), parent=0), Node(3, parent=0)])
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.vocab_size, (layout.token_count,), generator=draws)
+    return layout, ids
+
+
+def _examples(layout: Layout) -> list[Tensor]:
+    """Return the flat rows of each of the probe's two examples, prefix first."""
+    return [
+        torch.tensor(layout.ancestor_rows(i) + list(range(layout.starts[i], layout.starts[i] + layout.nodes[i].length)))
+        for i in (1, 2)
+    ]
+
+
+@torch.no_grad()
+def _own_results(base: Base, layout: Layout, ids: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    """Return, for each example alone, the model's own logits (hidden states without a head) and its loss."""
+    results: list[tuple[Tensor, Tensor | None]] = []
+    with base.native(Route(sole_owner=NO_OWNER)) as model:
+        for rows in _examples(layout):
+            line = ids[rows][None].to(base.device)
+            if base.head is None:
+                results.append((base.trunk(input_ids=line).last_hidden_state[0], None))
+            else:
+                out = model(input_ids=line, labels=line, use_cache=False)
+                results.append((out.logits[0], out.loss))
+    return results
+
+
+@torch.no_grad()
+def _difference(base: Base, layout: Layout, ids: Tensor, expected: list[tuple[Tensor, Tensor | None]]) -> float:
+    """Return the largest difference of logits and losses, relative to the largest logit."""
+    hidden = base.hidden(ids, probe_route(base, layout))
+    worst = 0.0
+    for rows, (own, own_loss) in zip(_examples(layout), expected, strict=True):
+        ours = hidden[rows.to(hidden.device)]
+        largest = float(own.abs().max())
+        if base.head is not None and own_loss is not None:
+            segments = Segments.of([len(rows)], [NO_OWNER])
+            with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+                logits = base.head.logits(ours, segments)
+            labels = ids[rows][1:].to(ours.device)
+            loss = F.cross_entropy(logits[:-1].float(), labels)
+            worst = max(worst, float((loss - own_loss).abs()) / max(float(own_loss), 1e-6))
+            ours = logits
+        worst = max(worst, float((ours.to(own.dtype) - own).abs().max()) / max(largest, 1e-6))
+    return worst
+
+
+def probe_route(base: Base, layout: Layout) -> Route:
+    """Return the route of a layout without any adapter."""
+    return Route(
+        layout=layout, rows={RowSpace.TOKEN: Segments.of([layout.token_count], [NO_OWNER])}, sole_owner=NO_OWNER
+    )

@@ -1,0 +1,204 @@
+"""The base: one frozen pretrained model, its tokenizer, and the two ways to run a batch of real tokens through it.
+
+`Base.hidden` takes the tokens of a layout end to end and returns one hidden row a token, in the same order, whether
+the model runs flat (one row, no padding) or padded (BLOOM, T5 and others whose attention is their own). `load` opens
+a model by name; `Base` itself takes any causal language model of transformers' shape, so tests build tiny ones.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from onebase.base import check, pretrained
+from onebase.base.device import resolve_device, resolve_dtype
+from onebase.base.fingerprint import fingerprint, fingerprint_of_state
+from onebase.base.flat import flat_attention_of
+from onebase.base.route import Route, Slot
+from onebase.ops.layout import NO_PARENT, Layout
+
+LayoutKind = Literal["flat", "padded"]
+
+
+class Base:
+    """A frozen model. Nothing here is trained; adapters are put on by a bank.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, no parameter requires a gradient.
+        tokenizer: its tokenizer; None for a model built in memory without one.
+        name: what the user called it; `folder`: where its files lie (None: in memory).
+        fingerprint: sha256 of the weights as stored, independent of dtype and device.
+        layout_kind: "flat" or "padded", decided by a self-check when the base is made.
+        slot: where the current route lies.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, name: str = "in-memory", folder: Path | None = None,
+        fingerprint: str | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name, self.folder = name, folder
+        self.fingerprint = fingerprint or fingerprint_of_state(model)
+        self.slot = Slot()
+        self._own_attention: str = model.config._attn_implementation
+        self._flat_attention = f"onebase-{id(self.slot)}"
+        self._current_attention = self._own_attention
+        pretrained.register_attention(self._flat_attention, flat_attention_of(self.slot))
+        weakref.finalize(self, pretrained.unregister_attention, self._flat_attention)
+        self.head = check.head_of(model)
+        self.position_offset = 0
+        self.layout_kind: LayoutKind = check.choose_layout(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base's weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The model without its output head."""
+        trunk: nn.Module = self.model.base_model
+        return trunk
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of the base's own parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens an example may have, where the model says."""
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    def hidden(self, token_ids: Tensor, route: Route) -> Tensor:
+        """Return the last hidden state of every token of `route.layout`, (tokens, hidden), in the layout's order.
+
+        Args:
+            token_ids: (tokens,) the nodes' tokens end to end.
+        """
+        layout = route.layout
+        if layout is None or token_ids.shape != (layout.token_count,):
+            raise ValueError(f"{tuple(token_ids.shape)} token ids for a layout of {layout and layout.token_count}")
+        token_ids = token_ids.to(self.device)
+        with self._mixed_precision():
+            if self.layout_kind == "padded":
+                return self._hidden_padded(token_ids, layout, route)
+            positions = (layout.position_ids + self.position_offset).to(self.device)
+            self._use_attention(self._flat_attention)
+            with self.slot.use(route):
+                out = self.trunk(input_ids=token_ids[None], position_ids=positions, use_cache=False)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def _hidden_padded(self, token_ids: Tensor, layout: Layout, route: Route) -> Tensor:
+        rows, mask, place = padded_rows(layout)
+        self._use_attention(self._own_attention)
+        with self.slot.use(route):
+            out = self.trunk(
+                input_ids=token_ids[rows.to(self.device)], attention_mask=mask.to(self.device), use_cache=False
+            )
+        hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, place.to(self.device))
+        return hidden
+
+    @contextmanager
+    def native(self, route: Route) -> Iterator[Any]:
+        """Yield the model as transformers runs it (generation, padded batches), under a route without a layout."""
+        self._use_attention(self._own_attention)
+        with self.slot.use(route), self._mixed_precision():
+            yield self.model
+
+    def _use_attention(self, name: str) -> None:
+        if name != self._current_attention:
+            self.model.set_attn_implementation(name)
+            self._current_attention = name
+
+    def _mixed_precision(self) -> Any:
+        """Autocast where the base is stored in half precision, so that norms and softmax keep theirs."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
+
+    @contextmanager
+    def activation_checkpointing(self, enabled: bool = True) -> Iterator[None]:
+        """Recompute each block in the backward instead of keeping its activations, under the route it ran with.
+
+        `training` is set on the blocks alone (transformers checkpoints only then), not on what lies in them, so the
+        base's own dropout stays off.
+        """
+        if not enabled:
+            yield
+            return
+        blocks = pretrained.enable_checkpointing(self.model, self.slot.for_recompute)
+        for block in blocks:
+            block.training = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.training = False
+            pretrained.disable_checkpointing(self.model)
+
+
+def padded_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how a layout is laid out padded: flat row of each cell and mask, (examples, longest), and each token's cell.
+
+    An example is a node that is nobody's parent, with its ancestors' tokens before it. Padding repeats the example's
+    own first token; a shared token is read at the first example that has it.
+    """
+    parents = {node.parent for node in layout.nodes}
+    leaves = [i for i in range(len(layout.nodes)) if i not in parents]
+    lines = []
+    for index in leaves:
+        start = layout.starts[index]
+        lines.append([*layout.ancestor_rows(index), *range(start, start + layout.nodes[index].length)])
+    longest = max(map(len, lines))
+    rows = torch.tensor([line + [line[0]] * (longest - len(line)) for line in lines])
+    mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
+    place = torch.full((layout.token_count,), -1)
+    for number, line in reversed(list(enumerate(lines))):
+        place[torch.tensor(line)] = torch.arange(len(line)) + number * longest
+    return rows, mask, place
+
+
+def padded_segments(layout: Layout) -> tuple[list[int], list[int]]:
+    """Return (rows of each example, node of each example) of the padded layout, in order."""
+    parents = {node.parent for node in layout.nodes} - {NO_PARENT}
+    leaves = [i for i in range(len(layout.nodes)) if i not in parents]
+    longest = max(layout.depths[i] + layout.nodes[i].length for i in leaves)
+    return [longest] * len(leaves), leaves
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Base:
+    """Open a model by hub id, folder, GGUF file or packaged name, frozen and fingerprinted.
+
+    Raises:
+        ModelError: no such model, or it cannot be opened; the message says what was looked for and where.
+    """
+    place = pretrained.locate(name, revision=revision)
+    chosen_device = resolve_device(device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    model, tokenizer = pretrained.open_pretrained(
+        place, dtype=chosen_dtype, device=chosen_device, trust_remote_code=trust_remote_code
+    )
+    return Base(model, tokenizer, name=name, folder=place.folder, fingerprint=fingerprint(place.folder))

@@ -1,0 +1,34 @@
+"""One micro-batch forward and backward: where adapters learn.
+
+The loss of a step is the mean over the labelled tokens of the whole step: each row is weighted by one over that
+number, so gradients of micro-batches add up to those of one large batch, however it was cut.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from onebase.adapters.bank import Bank
+from onebase.base.route import RowSpace
+from onebase.data.batches import FlatBatch
+from onebase.ops.loss import RowLosses, head_loss
+from onebase.ops.rows import take_rows
+
+
+def forward_loss(
+    bank: Bank, batch: FlatBatch, label_weight: float, *, dropout_step: int | None = None
+) -> tuple[torch.Tensor, RowLosses]:
+    """Return label_weight * (sum of the labelled tokens' losses), ready for backward, and each label's own loss.
+
+    Args:
+        dropout_step: the step that keys dropout; None switches it off.
+    """
+    route = bank.route(batch.layout, label_rows=batch.label_rows, dropout_step=dropout_step)
+    hidden = bank.base.hidden(batch.token_ids, route)
+    device = hidden.device
+    rows = take_rows(hidden, batch.label_rows)
+    head = bank.head
+    assert head is not None, "a language model has a head"
+    weights = torch.full(batch.label_ids.shape, label_weight, dtype=torch.float32, device=device)
+    segments, keys = route.rows[RowSpace.LABEL], route.row_keys.get(RowSpace.LABEL)
+    return head_loss(rows, batch.label_ids.to(device), weights, head, segments, keys)
