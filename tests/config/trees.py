@@ -67,20 +67,24 @@ _train_section = _some(
         "threads": st.integers(1, 64),
     },
 )
-_length = st.sampled_from([{"steps": 50}, {"epochs": 3}, {"epochs": 0.5}, {}])
-_warmup = st.sampled_from([{"warmup_steps": 0}, {"warmup_ratio": 0.1}, {}])
-_stepwise = st.sampled_from([{}, {"lr_scheduler_type": "step", "lr_step_size": 5, "lr_step_gamma": 0.5}])
-_evaluated = st.sampled_from([{}, {"eval_every": 5}, {"eval_every": 5, "early_stopping_patience": 2}])
+_length: st.SearchStrategy[dict[str, Any]] = st.sampled_from([{"steps": 50}, {"epochs": 3}, {"epochs": 0.5}, {}])
+_warmup: st.SearchStrategy[dict[str, Any]] = st.sampled_from([{"warmup_steps": 0}, {"warmup_ratio": 0.1}, {}])
+_stepwise: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+    [{}, {"lr_scheduler_type": "step", "lr_step_size": 5, "lr_step_gamma": 0.5}]
+)
+_evaluated: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+    [{}, {"eval_every": 5}, {"eval_every": 5, "early_stopping_patience": 2}]
+)
 
 
 @st.composite
 def trees(draw: st.DrawFn) -> dict[str, Any]:
     """Draw settings without a fault, whose paths lie in a folder made by `make_files`."""
     data: dict[str, Any] = {"train": draw(_train)}
-    train = draw(_train_section) | draw(_length) | draw(_warmup) | draw(_stepwise)
+    train: dict[str, Any] = draw(_train_section) | draw(_length) | draw(_warmup) | draw(_stepwise)
     if draw(st.booleans()):
         data["valid"] = draw(_valid | _number(0, 1))
-        train |= draw(_evaluated) | draw(st.sampled_from([{}, {"keep_best": True}, {"keep_best": False}]))
+        train |= draw(_evaluated) | draw(_some({}, {"keep_best": st.booleans()}))
     elif draw(st.booleans()):
         train["keep_best"] = False
     data |= draw(
@@ -92,10 +96,14 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     data |= draw(_some({}, {"on_bad_row": st.sampled_from(["error", "skip"]), "shuffle": st.booleans()}))
     task = draw(st.sampled_from(["chat", "text"]))
     if task == "chat":
-        chat = {"labels": st.sampled_from(["all", "last"]), "system": WORDS, "template": st.just("template.jinja")}
+        chat: dict[str, Any] = {
+            "labels": st.sampled_from(["all", "last"]),
+            "system": WORDS,
+            "template": st.just("template.jinja"),
+        }
         data |= draw(_some({}, chat))
     tree = {"model": draw(st.sampled_from(["org/name", "smollm2-135m-instruct", "./sub"])), "task": task, "data": data}
-    rest = {
+    rest: dict[str, Any] = {
         "revision": WORDS,
         "dtype": st.sampled_from(["auto", "float32"]),
         "device": st.sampled_from(["cpu", "cuda:1"]),

@@ -29,7 +29,14 @@ _BOUNDS = {
     "too_short": "a list that is not empty",
 }
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-_INNER = {"int_type": int, "int_from_float": int, "float_type": float, "bool_type": bool, "string_type": str}
+_INNER = {
+    "int_type": _SCALARS[int],
+    "int_from_float": _SCALARS[int],
+    "float_type": _SCALARS[float],
+    "string_type": _SCALARS[str],
+    "model_type": "a mapping",
+}
+"""What must stand inside a list or mapping, by the kind of pydantic's error."""
 
 
 class Means(str):
@@ -182,9 +189,7 @@ def _sentence(field: FieldInfo, path: tuple[str | int, ...], value: Any, details
     if kind in _BOUNDS:
         rule = _BOUNDS[kind].format(**{key: show(item).removesuffix(".0") for key, item in context.items()})
     elif len(path) > 1 and kind in _INNER:
-        rule = _SCALARS[_INNER[kind]]
-    elif len(path) > 1:
-        rule = "of another kind"
+        rule = _INNER[kind]
     else:
         rule = phrase(field.annotation, field.metadata)
     return f"must be {rule}, got {show(value)}.{_advice(str(path[-1]), rule, value)}"

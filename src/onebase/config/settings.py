@@ -48,6 +48,12 @@ def _parts(value: object) -> object:
     return value
 
 
+def _at_least_one(parts: tuple[DataPart, ...]) -> tuple[DataPart, ...]:
+    if not parts:
+        raise ValueError("must name at least one file, got [].")
+    return parts
+
+
 _PATH = {"type": "string", "minLength": 1}
 _PART = {
     "type": "object",
@@ -59,8 +65,8 @@ _SOURCE_SCHEMA = {"anyOf": [_PATH, _PART, {"type": "array", "minItems": 1, "item
 
 DataSource = Annotated[
     tuple[DataPart, ...],
-    Field(min_length=1),
     BeforeValidator(_parts),
+    AfterValidator(_at_least_one),
     WithJsonSchema(_SOURCE_SCHEMA),
     Means("a path, hub:org/name:split, or a list of paths and {path, weight}"),
 ]
@@ -130,10 +136,10 @@ class TrainSettings(Section):
         default="cosine", description="How the learning rate goes on after the warm-up: to 0, constant, or in steps."
     )
     lr_step_size: int | None = Field(
-        default=None, ge=1, description="lr_scheduler_type step: optimiser steps from one reduction to the next."
+        default=None, ge=1, description="With lr_scheduler_type step: optimiser steps from one reduction to the next."
     )
     lr_step_gamma: float = Field(
-        default=0.1, gt=0, le=1, description="lr_scheduler_type step: what each reduction multiplies the rate by."
+        default=0.1, gt=0, le=1, description="With lr_scheduler_type step: what each reduction multiplies the rate by."
     )
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="The share of all steps that warm up.")
     warmup_steps: int | None = Field(default=None, ge=0, description="Steps that warm up, instead of warmup_ratio.")

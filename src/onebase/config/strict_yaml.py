@@ -41,7 +41,13 @@ class _Dumper(yaml.SafeDumper):
         """Return that no value is written as a reference to another."""
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return a text's node; the line ends that only Unicode knows are escaped, or they would be read as spaces."""
+        style = '"' if re.search("[\\x85\\u2028\\u2029]", text) else None
+        return self.represent_scalar(_TAG + "str", text, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _name, (_pattern, _first) in _PLAIN.items():
     _starts = ["" if start == "\0" else start for start in _first]
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern})\\Z"), _starts)

@@ -1,0 +1,170 @@
+"""Laws of a whole settings file's settings."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onebase.config import DataPart, DataSettings, Lora, Settings, TrainSettings
+from onebase.errors import ConfigError
+
+
+def settings_of(**sections: Any) -> Settings:
+    """Return settings from sections as plain values; `data` gets rows to learn from."""
+    sections["data"] = {"train": "x"} | sections.get("data", {})
+    return Settings(**({"model": "m"} | sections))
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"model": ""}, "model: must be text that is not empty, got ''."),
+    (
+        {"task": "classify"},
+        "task: must be 'chat' or 'text', got 'classify'. 'classify' is not available in this version.",
+    ),
+    ({"task": "chatt"}, "task: must be 'chat' or 'text', got 'chatt'. Closest is 'chat'."),
+    ({"dtype": "bf16"}, "dtype: must be 'auto', 'float32' or 'bfloat16', got 'bf16'. Closest is 'bfloat16'."),
+    ({"device": "gpu"}, "device: must be 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'gpu'. Closest is 'cuda'."),
+    ({"quantize": "nf4"}, "quantize: not available in this version; the base keeps the number format of 'dtype'."),
+    (
+        {"sweep": {"grid": {}}},
+        "sweep: not available in this version; run 'onebase train' once for each value, with --set.",
+    ),
+    ({"learning_rate": 1}, "learning_rate: unknown setting at this place; write it as train.learning_rate."),
+    ({"lora_r": 8}, "lora_r: unknown setting; here it is 'adapter.r'."),
+    ({"adapter": 3}, "adapter: must be a mapping, got 3."),
+    (
+        {"adapter": {"method": "ia3"}},
+        "adapter.method: must be 'lora', got 'ia3'. 'ia3' is not available in this version.",
+    ),
+    (
+        {"eval": {"slices": ["a"]}},
+        "eval.slices: not available in this version; evaluation covers the whole file. Remove it.",
+    ),
+    ({"eval": {"metrics": ["auc"]}}, "eval.metrics: not available in this version; evaluation gives loss, perplexity"),
+    ({"data": {"train": []}}, "data.train: must name at least one file, got []."),
+    (
+        {"data": {"train": 3}},
+        "data.train: must be a path, hub:org/name:split, or a list of paths and {path, weight}, got 3.",
+    ),
+    ({"data": {"train": ["a", 3]}}, "data.train[1]: must be a mapping, got 3."),
+    ({"data": {"train": ["a", {"weight": 3}]}}, "data.train[1].path: is missing."),
+    ({"data": {"train": {"path": "a", "wieght": 3}}}, "data.train.wieght: unknown setting; closest is 'weight'."),
+    ({"data": {"train": {"path": "a", "weight": 0}}}, "data.train.weight: must be above 0, got 0."),
+    ({"data": {"train": "hub:org/name"}}, "data.train: must be written hub:org/name:split, got 'hub:org/name'."),
+    ({"data": {"valid": 1}}, "data.valid: must be below 1, got 1."),
+    ({"data": {"valid": 0}}, "data.valid: must be above 0, got 0."),
+    (
+        {"data": {"valid": [{"path": "a", "weight": 2}]}},
+        "data.valid: takes no 'weight', every row is measured once; got one.",
+    ),
+    ({"data": {"max_length": 1}}, "data.max_length: must be at least 2, got 1."),
+    ({"data": {"columns": {"prompt": 3}}}, "data.columns.prompt: must be text, got 3."),
+    ({"data": {"labels": "first"}}, "data.labels: must be 'all' or 'last', got 'first'."),
+    (
+        {"task": "text", "data": {"system": "x"}},
+        "data.system: is for chats, but task is 'text'. Remove it, or write task: chat",
+    ),
+    (
+        {"train": {"steps": 5, "epochs": 2}},
+        "train.steps: stands instead of 'epochs', but both are given (5 and 2). Remove one.",
+    ),
+    (
+        {"train": {"warmup_steps": 0, "warmup_ratio": 0.1}},
+        "train.warmup_steps: stands instead of 'warmup_ratio', but both are given (0 and 0.1). Remove one.",
+    ),
+    ({"train": {"steps": 5, "warmup_steps": 6}}, "train.warmup_steps: must be at most 'steps', 5, got 6."),
+    ({"train": {"learning_rate": 0}}, "train.learning_rate: must be above 0, got 0."),
+    ({"train": {"learning_rate": "2e-4"}}, "train.learning_rate: must be a number, got '2e-4'. Remove the quotes."),
+    ({"train": {"micro_batch_tokens": 0}}, "train.micro_batch_tokens: must be at least 1, got 0."),
+    (
+        {"train": {"micro_batch_tokens": "aut"}},
+        "train.micro_batch_tokens: must be 'auto' or a whole number, got 'aut'. Closest",
+    ),
+    ({"train": {"lr_scheduler_type": "cosin"}}, "got 'cosin'. Closest is 'cosine'."),
+    (
+        {"train": {"lr_scheduler_type": "step"}},
+        "train.lr_scheduler_type: 'step' needs 'lr_step_size', which is not given.",
+    ),
+    ({"train": {"lr_step_size": 5}}, "train.lr_step_size: needs lr_scheduler_type 'step', got 'cosine'."),
+    ({"train": {"seed": -1}}, "train.seed: must be at least 0, got -1."),
+    (
+        {"train": {"eval_every": 5}},
+        "train.eval_every: needs rows to evaluate on, but data.valid is not given; got 5. Add",
+    ),
+    (
+        {"train": {"keep_best": True}},
+        "train.keep_best: needs rows to evaluate on, but data.valid is not given; got true.",
+    ),
+    (
+        {"data": {"valid": 0.1}, "train": {"early_stopping_patience": 2}},
+        "train.early_stopping_patience: counts evaluations and needs 'eval_every'. Add it.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "said"), FAULTS)
+def test_a_fault_names_its_place_the_rule_the_value_and_what_to_do(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_of(**sections)
+    first, fault = str(caught.value).split("\n")
+    assert first == "1 problem in Settings"
+    assert said in fault
+
+
+@given(st.data())
+def test_conflicts_are_reported_beside_faults_of_single_values(data: st.DataObject) -> None:
+    (one, said), (other, also_said) = data.draw(
+        st.lists(st.sampled_from([fault for fault in FAULTS if "task" not in fault[0]]), min_size=2, max_size=2)
+        .filter(lambda faults: not faults[0][0].keys() & faults[1][0].keys())
+    )  # fmt: skip
+    if {"data", "train"} <= one.keys() | other.keys():
+        return  # each changes what is wrong with the other
+    with pytest.raises(ConfigError) as caught:
+        settings_of(**one, **other)
+    assert len(caught.value.problems) == 2
+    assert said in str(caught.value) and also_said in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["model", "data"])
+def test_what_is_required_is_asked_for_with_an_example(missing: str) -> None:
+    values: dict[str, Any] = {"model": "m", "data": {"train": "x"}}
+    del values[missing]
+    with pytest.raises(ConfigError, match=rf"{missing}: is missing\. Write, for example: {missing}: \S+"):
+        Settings(**values)
+    with pytest.raises(ConfigError, match=r"data\.train: is missing\. Write, for example: train: train\.jsonl"):
+        Settings(**(values | {"model": "m", "data": {}}))
+
+
+def test_defaults_conflict_with_nothing() -> None:
+    assert settings_of(train={"steps": 5, "warmup_steps": 1}).train.epochs == TrainSettings().epochs
+    assert settings_of(train={"keep_best": False}).data.valid is None
+
+
+def test_sections_made_in_python_are_checked_against_each_other_too() -> None:
+    data = DataSettings(train=(DataPart(path="x"),))
+    with pytest.raises(ConfigError, match=r"train\.eval_every: needs rows to evaluate on"):
+        Settings(model="m", data=data, train=TrainSettings(eval_every=3))
+    with pytest.raises(ConfigError, match="steps: stands instead of 'epochs'"):
+        TrainSettings(steps=3, epochs=1)
+    assert Settings(model="m", data=data, train=TrainSettings()).train.keep_best
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda path: not path.startswith("hub:")), min_size=1))
+def test_a_path_a_list_and_mappings_are_the_same_source(paths: list[str]) -> None:
+    parts = tuple(DataPart(path=path) for path in paths)
+    mixed = [path if index % 2 else {"path": path, "weight": 1} for index, path in enumerate(paths)]
+    assert settings_of(data={"train": paths}).data.train == parts
+    assert settings_of(data={"train": mixed}).data.train == parts
+    assert settings_of(data={"train": paths[0]}).data.train == parts[:1]
+
+
+@given(st.none() | st.floats(0, 1, exclude_min=True))
+def test_resolving_writes_the_methods_learning_rate_where_none_is_given_and_changes_nothing_else(
+    rate: float | None,
+) -> None:
+    settings = settings_of(train={"learning_rate": rate})
+    resolved = settings.resolved()
+    assert resolved.train.learning_rate == (Lora.default_learning_rate if rate is None else rate)
+    assert resolved.resolved() == resolved
+    assert resolved.model_copy(update={"train": settings.train}) == settings
