@@ -7,6 +7,7 @@ quantised one needs no branch, and it knows adapters only by their number in the
 from __future__ import annotations
 
 import zlib
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,12 @@ class AdaptedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen weight (some models read it)."""
-        weight: Tensor = self.base_layer.weight
-        return weight
+        return cast(Tensor, self.base_layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
         """The frozen bias (some models read it)."""
-        bias: Tensor | None = self.base_layer.bias
-        return bias
+        return cast(Tensor | None, self.base_layer.bias)
 
     @property
     def is_bare(self) -> bool:

@@ -17,7 +17,7 @@ from onebase.base.flat import NotFlatError
 from onebase.base.route import Route, RowSpace
 from onebase.errors import ModelError
 from onebase.ops.layout import Layout, Node
-from onebase.ops.loss import HeadRecord, reference
+from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
 
 if TYPE_CHECKING:

@@ -51,30 +51,40 @@ def flat_attention_of(slot: Slot) -> AttentionFunction:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        *,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        is_causal: bool | None = None,
-        **others: Any,
+        **arguments: Any,
     ) -> tuple[Tensor, None]:
         layout = None if slot.route is None else slot.route.layout
-        unknown = sorted(k for k, v in others.items() if v is not None and k not in _WITHOUT_MEANING)
         if layout is None:
             raise NotFlatError("flat attention was called without a layout in the route")
-        if unknown or attention_mask is not None or dropout or query.shape[0] != 1:
-            raise NotFlatError(
-                f"{type(module).__name__} asks for what a flat batch does not offer: "
-                f"{', '.join(unknown) or 'a mask, dropout or a batch of several rows'}"
-            )
+        rule = _rule_of(module, arguments)
+        if attention_mask is not None or query.shape[0] != 1:
+            raise NotFlatError(f"{type(module).__name__} brings a mask, or a batch of several rows")
         if query.shape[2] != layout.token_count or key.shape[2] != layout.token_count:
             raise NotFlatError(
                 f"{type(module).__name__} attends {query.shape[2]} queries to {key.shape[2]} keys; the layout holds "
                 f"{layout.token_count} tokens"
             )
-        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-        rule = AttentionRule(causal, scaling, sliding_window, softcap)
         return flat_attention(query[0], key[0], value[0], layout, rule)[None], None
 
     return attend
+
+
+def _rule_of(module: nn.Module, arguments: dict[str, Any]) -> AttentionRule:
+    """Return what a layer's attention does, from the arguments that transformers passes.
+
+    Raises:
+        NotFlatError: there is an argument with a meaning that the flat layout does not have.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None and name not in _WITHOUT_MEANING}
+    causal = given.pop("is_causal", getattr(module, "is_causal", True))
+    rule = AttentionRule(
+        causal=bool(causal),
+        scale=given.pop("scaling", None),
+        window=given.pop("sliding_window", None),
+        soft_cap=given.pop("softcap", None),
+    )
+    if given.pop("dropout", 0.0):
+        raise NotFlatError(f"{type(module).__name__} drops attention weights: the base must be in evaluation mode")
+    if given:
+        raise NotFlatError(f"{type(module).__name__} attends with {', '.join(sorted(given))}")
+    return rule

@@ -72,7 +72,7 @@ def flat_attention(
 def _of_group(slots: Tensor, group: Group) -> Tensor:
     """Return a group's slots as (count, heads, width, dim), a view."""
     part = slots[group.first_slot : group.first_slot + group.count * group.width]
-    return part.unflatten(0, (group.count, group.width)).transpose(1, 2)
+    return part.view(group.count, group.width, *part.shape[1:]).transpose(1, 2)
 
 
 def _group_attention(
@@ -99,7 +99,7 @@ def _group_attention(
 def _ancestors(rows: Tensor, index: Tensor) -> Tensor:
     """Return (kv_heads, tokens, dim) at the ancestors' rows, as (count, kv_heads, prefix, dim)."""
     picked = rows.index_select(1, index.flatten().to(rows.device))
-    return picked.unflatten(1, (index.shape[0], index.shape[1])).transpose(0, 1)
+    return picked.view(picked.shape[0], *index.shape, picked.shape[2]).transpose(0, 1)
 
 
 def _group_mask(group: Group, rule: AttentionRule) -> Bool[Tensor, "count 1 width keys"]:

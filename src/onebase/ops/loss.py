@@ -120,7 +120,7 @@ class _HeadLoss(torch.autograd.Function):
     """d loss_i / d logits_i = softmax(logits_i) - target_i, carried through cap, scale and head within the chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, job: _Job, *trainable: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, job: _Job, *trainable: Tensor) -> Tensor:
         needs = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_parts = [torch.zeros_like(part) for part in trainable]
@@ -136,7 +136,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, *d_parts = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * grad,

@@ -79,18 +79,9 @@ def add_low_rank_(
     Args:
         row_keys: what dropout depends on (ops/keyed.py); None switches dropout off, as in evaluation.
     """
-    result: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
-        y,
-        x,
-        low_rank.scaling,
-        low_rank.dropout,
-        low_rank.pair_of_owner,
-        segments.offsets,
-        segments.owners,
-        row_keys,
-        *low_rank.lora_A,
-        *low_rank.lora_B,
-    )
+    index = [low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner, segments.offsets, segments.owners]
+    index += [] if row_keys is None else [row_keys]
+    result: Tensor = _AddLowRank.apply(y, x, index, len(low_rank.lora_A), *low_rank.lora_A, *low_rank.lora_B)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -98,77 +89,73 @@ class _AddLowRank(torch.autograd.Function):
     """With h = A (m x) kept: dh = s g B; dx = m (dh A); dA = dh^T (m x); dB = s g^T h, computed as (h^T g)^T."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        scaling: Tensor,
-        dropout: Tensor,
-        pair_of_owner: Tensor,
-        offsets: Tensor,
-        owners: Tensor,
-        row_keys: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
-        pairs = len(weights) // 2
+    def forward(ctx: Any, y: Tensor, x: Tensor, index: list[Tensor], pairs: int, *weights: Tensor) -> Tensor:
         x = x.to(y.dtype)
-        lora_A, lora_B = list(weights[:pairs]), list(weights[pairs:])
-        h = torch.ops.onebase.low_rank_forward(
-            y, x, lora_A, lora_B, scaling, dropout, pair_of_owner, offsets, owners, row_keys
-        )
+        h = torch.ops.onebase.low_rank_forward(y, x, weights[:pairs], weights[pairs:], index)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, h, scaling, dropout, pair_of_owner, offsets, owners, row_keys, *weights)
+        ctx.pairs = pairs
+        ctx.save_for_backward(x, h, *weights, *index)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, h, scaling, dropout, pair_of_owner, offsets, owners, row_keys, *weights = ctx.saved_tensors
-        pairs = len(weights) // 2
-        dx, *grads = torch.ops.onebase.low_rank_backward(
-            grad.contiguous(), x, h, weights[:pairs], weights[pairs:],
-            scaling, dropout, pair_of_owner, offsets, owners, row_keys, ctx.needs_input_grad[1],
-        )  # fmt: skip
-        grads = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[8:], strict=True)]
-        return (grad, dx if ctx.needs_input_grad[1] else None, None, None, None, None, None, None, *grads)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *others = ctx.saved_tensors
+        lora_A, lora_B, index = others[: ctx.pairs], others[ctx.pairs : 2 * ctx.pairs], others[2 * ctx.pairs :]
+        need_dx = ctx.needs_input_grad[1]
+        dx, *grads = torch.ops.onebase.low_rank_backward(grad.contiguous(), x, h, lora_A, lora_B, index, need_dx)
+        return grad, dx if need_dx else None, None, None, *grads
 
 
-_INDEX_SCHEMA = "Tensor scaling, Tensor dropout, Tensor pair_of_owner, Tensor offsets, Tensor owners, Tensor? row_keys"
+@dataclass(frozen=True)
+class _Index:
+    """The index tensors of one call, as numbers: which stretch of rows uses which pair, and how."""
+
+    stretches: list[tuple[int, int, int]]
+    scaling: list[float]
+    dropout: list[float]
+    row_keys: Tensor | None
+
+    @staticmethod
+    def of(index: Sequence[Tensor]) -> _Index:
+        """Return the numbers in (scaling, dropout, pair_of_owner, offsets, owners[, row_keys])."""
+        scaling, dropout, pair_of_owner, offsets, owners, *keys = index
+        lookup = pair_of_owner.tolist()
+        owned = ((start, end, _pair_of(owner, lookup)) for start, end, owner in spans(offsets, owners))
+        stretches = [(start, end, pair) for start, end, pair in owned if pair != NO_OWNER]
+        return _Index(stretches, scaling.tolist(), dropout.tolist(), keys[0] if keys else None)
+
+    def mask(self, start: int, end: int, pair: int, columns: int) -> Tensor | None:
+        """Return which inputs of the rows the pair sees; None when all of them."""
+        p = self.dropout[pair]
+        return None if self.row_keys is None or p == 0 else keep_mask(self.row_keys[start:end], columns, p)
+
+    def dropped(self, rows: Tensor, start: int, end: int, pair: int) -> Tensor:
+        """Return the rows as the pair sees them, m * x."""
+        mask = self.mask(start, end, pair, rows.shape[1])
+        return rows if mask is None else rows * mask / (1 - self.dropout[pair])
 
 
 @torch.library.custom_op(
     "onebase::low_rank_forward",
     mutates_args=("y",),
-    schema=f"(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, {_INDEX_SCHEMA}) -> Tensor",
+    schema="(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor[] index) -> Tensor",
 )
 def _forward(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scaling: Tensor,
-    dropout: Tensor,
-    pair_of_owner: Tensor,
-    offsets: Tensor,
-    owners: Tensor,
-    row_keys: Tensor | None,
+    y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], index: Sequence[Tensor]
 ) -> Tensor:
     """Add the update to y and return h = A (m x), (rows, largest r); columns beyond a row's own r are not set."""
     h = x.new_empty(x.shape[0], max(A.shape[0] for A in lora_A))
-    scales, lookup = scaling.tolist(), pair_of_owner.tolist()
-    for start, end, owner in spans(offsets, owners):
-        pair = _pair_of(owner, lookup)
-        if pair == NO_OWNER:
-            continue
+    numbers = _Index.of(index)
+    for start, end, pair in numbers.stretches:
         A, B = lora_A[pair].to(y.dtype), lora_B[pair].to(y.dtype)
-        rows = _dropped(x[start:end], dropout, pair, row_keys, start)
         h_rows = h[start:end, : A.shape[0]]
-        torch.mm(rows, A.T, out=h_rows)
-        y[start:end].addmm_(h_rows, B.T, alpha=scales[pair])
+        torch.mm(numbers.dropped(x[start:end], start, end, pair), A.T, out=h_rows)
+        y[start:end].addmm_(h_rows, B.T, alpha=numbers.scaling[pair])
     return h
 
 
 @_forward.register_fake
-def _(y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *index: Tensor | None) -> Tensor:
+def _(y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     return x.new_empty(x.shape[0], max(A.shape[0] for A in lora_A))
 
 
@@ -176,8 +163,7 @@ def _(y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], 
     "onebase::low_rank_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad, Tensor x, Tensor h, Tensor[] lora_A, Tensor[] lora_B, "
-        f"{_INDEX_SCHEMA}, bool need_dx) -> Tensor[]"
+        "(Tensor grad, Tensor x, Tensor h, Tensor[] lora_A, Tensor[] lora_B, Tensor[] index, bool need_dx) -> Tensor[]"
     ),
 )
 def _backward(
@@ -186,50 +172,40 @@ def _backward(
     h: Tensor,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
-    scaling: Tensor,
-    dropout: Tensor,
-    pair_of_owner: Tensor,
-    offsets: Tensor,
-    owners: Tensor,
-    row_keys: Tensor | None,
+    index: Sequence[Tensor],
     need_dx: bool,
 ) -> list[Tensor]:
     """Return [dx, dA of every pair, dB of every pair]; dx is empty unless `need_dx`."""
     dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
     dA = [torch.zeros_like(A) for A in lora_A]
     dB = [torch.zeros_like(B) for B in lora_B]
-    scales, lookup = scaling.tolist(), pair_of_owner.tolist()
-    for start, end, owner in spans(offsets, owners):
-        pair = _pair_of(owner, lookup)
-        if pair == NO_OWNER:
-            continue
+    numbers = _Index.of(index)
+    for start, end, pair in numbers.stretches:
         A, B = lora_A[pair].to(grad.dtype), lora_B[pair].to(grad.dtype)
         g, h_rows = grad[start:end], h[start:end, : A.shape[0]]
-        dh = (g @ B).mul_(scales[pair])
-        dA[pair] += dh.T @ _dropped(x[start:end], dropout, pair, row_keys, start)
-        dB[pair] += (h_rows.T @ g).T * scales[pair]
+        dh = (g @ B).mul_(numbers.scaling[pair])
+        dA[pair] += dh.T @ numbers.dropped(x[start:end], start, end, pair)
+        dB[pair] += (h_rows.T @ g).T * numbers.scaling[pair]
         if need_dx:
             torch.mm(dh, A, out=dx[start:end])
-            p = float(dropout[pair])
-            if row_keys is not None and p > 0:
-                dx[start:end].mul_(keep_mask(row_keys[start:end], x.shape[1], p)).div_(1 - p)
+            mask = numbers.mask(start, end, pair, x.shape[1])
+            if mask is not None:
+                dx[start:end].mul_(mask).div_(1 - numbers.dropout[pair])
     return [dx, *dA, *dB]
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, h: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *index: Any
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Sequence[Tensor],
+    need_dx: bool,
 ) -> list[Tensor]:
-    dx = torch.empty_like(x) if index[-1] else x.new_empty(0)
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     return [dx, *(torch.empty_like(A) for A in lora_A), *(torch.empty_like(B) for B in lora_B)]
-
-
-def _dropped(rows: Tensor, dropout: Tensor, pair: int, row_keys: Tensor | None, start: int) -> Tensor:
-    """Return the rows with the adapter's own dropout applied; the rows themselves when it has none."""
-    p = float(dropout[pair])
-    if row_keys is None or p == 0:
-        return rows
-    return rows * keep_mask(row_keys[start : start + rows.shape[0]], rows.shape[1], p) / (1 - p)
 
 
 def _pair_of(owner: int, lookup: Sequence[int]) -> int:

@@ -28,12 +28,12 @@ def take_rows(rows: Float[Tensor, "count ..."], places: Int64[Tensor, " rows"]) 
 
 class _MoveRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, count: int, spread: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, places: Tensor, count: int, spread: bool) -> Tensor:
         ctx.places, ctx.count, ctx.spread = places, count, spread
         return _spread(rows, places, count) if spread else rows.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         moved = grad.index_select(0, ctx.places) if ctx.spread else _spread(grad, ctx.places, ctx.count)
         return moved, None, None, None
 
