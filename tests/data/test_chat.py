@@ -63,7 +63,8 @@ def test_token_ids_are_those_of_transformers(messages, tokenizer, template):
 @settings(max_examples=40)
 @given(conversations(system=True), st.sampled_from(TOKENIZERS[:3]))
 def test_labels_are_the_tokens_that_generation_markers_mark(messages, tokenizer):
-    assume(all("<|" not in message["content"] for message in messages))
+    # Their mask is found by the first and last character: a blank there, which no offset covers, makes them lose the turn.
+    assume(all(message["content"] == message["content"].strip() for message in messages))
     examples, _ = examples_of(messages, tokenizer, tiny.CHATML_MARKED)
     given_mask = theirs(tokenizer, messages, tiny.CHATML_MARKED, return_assistant_tokens_mask=True)["assistant_masks"]
     if (

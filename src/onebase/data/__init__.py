@@ -1,1 +1,1 @@
-"""What is learned from: rows of any usual shape, as tokens with labels, in flat batches."""
+"""What adapters learn from: rows of any usual shape, the examples they become, and the batches of a step."""

@@ -157,7 +157,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _json_row(line: bytes, place: str, offset: int) -> Row:
     try:
-        text = line.decode()
+        text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         return Row({}, place, Fault("not UTF-8", _not_utf8(error, offset)))
     try:
