@@ -176,7 +176,10 @@ def test_all_faults_of_file_and_set_are_one_error_in_the_order_of_the_file(folde
         ("", "model: is missing. Write, for example: model: smollm2-135m-instruct"),
         ("# only a comment\n", "data: is missing. Write, for example: data: {train: train.jsonl}"),
         ("model: m\n\ndata: {}\n", "line 3, data.train: is missing. Write, for example: train: train.jsonl"),
-        ("model: m\ndata:\n", "line 2, data: must be a mapping, got nothing."),
+        (
+            "model: m\ndata:\n",
+            "line 2, data: must be a mapping, got nothing. Write, for example: data: {train: train.jsonl}",
+        ),
         ("- model\n", "must be a mapping that begins with 'model:', got ['model']."),
         ("just text\n", "must be a mapping that begins with 'model:', got 'just text'."),
         ("model: m\ndata: {train: a.jsonl\n", "line 3, column 1: not valid YAML: expected ',' or '}'"),

@@ -32,7 +32,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"learning_rate": 1}, "learning_rate: unknown setting at this place; write it as train.learning_rate."),
     ({"lora_r": 8}, "lora_r: unknown setting; here it is 'adapter.r'."),
-    ({"adapter": 3}, "adapter: must be a mapping, got 3."),
+    ({"adapter": "lora"}, "adapter: must be a mapping, got 'lora'. Write, for example: adapter: {method: lora, r: 16}"),
     (
         {"adapter": {"method": "ia3"}},
         "adapter.method: must be 'lora', got 'ia3'. 'ia3' is not available in this version.",

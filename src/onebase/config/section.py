@@ -148,8 +148,11 @@ def _unknown(section: type[Section], name: str) -> Problem:
 
 
 def _missing(name: str, field: FieldInfo) -> str:
-    example = f" Write, for example: {name}: {field.examples[0]}" if field.examples else ""
-    return f"is missing.{example}"
+    return f"is missing.{_example(name, field)}"
+
+
+def _example(name: str, field: FieldInfo) -> str:
+    return f" Write, for example: {name}: {field.examples[0]}" if field.examples else ""
 
 
 def _wrong_values(section: type[Section], name: str, value: Any, found: list[ErrorDetails]) -> Iterator[Problem]:
@@ -192,7 +195,9 @@ def _sentence(field: FieldInfo, path: tuple[str | int, ...], value: Any, details
         rule = _INNER[kind]
     else:
         rule = phrase(field.annotation, field.metadata)
-    return f"must be {rule}, got {show(value)}.{_advice(str(path[-1]), rule, value)}"
+    name = str(path[-1])
+    advice = _example(name, field) if path == (name,) and rule == "a mapping" else _advice(name, rule, value)
+    return f"must be {rule}, got {show(value)}.{advice}"
 
 
 def _advice(name: str, rule: str, value: Any) -> str:

@@ -229,7 +229,7 @@ class Settings(Section):
         default="chat", description="What a row is: a chat with turns to learn, or plain text."
     )
     data: DataSettings = Field(description="The rows.", examples=["{train: train.jsonl}"])
-    adapter: Lora = Field(default_factory=Lora, description="What is learned.")
+    adapter: Lora = Field(default_factory=Lora, description="What is learned.", examples=["{method: lora, r: 16}"])
     train: TrainSettings = Field(default_factory=TrainSettings, description="How it is learned.")
     eval: EvalSettings = Field(default_factory=EvalSettings, description="How it is measured.")
 
