@@ -58,7 +58,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"data": {"valid": [{"path": "a", "weight": 2}]}},
         "data.valid: takes no 'weight', every row is measured once; got one.",
     ),
-    ({"data": {"max_length": 1}}, "data.max_length: must be at least 2, got 1."),
+    ({"data": {"max_length": 3}}, "data.max_length: must be at least 4, got 3."),
     ({"data": {"columns": {"prompt": 3}}}, "data.columns.prompt: must be text, got 3."),
     ({"data": {"labels": "first"}}, "data.labels: must be 'all' or 'last', got 'first'."),
     (

@@ -26,7 +26,7 @@ def _some(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrate
 
 
 _file = st.sampled_from(FILES).map(lambda name: f"./{name}")
-_hub = st.just("hub:org/name:train[:10%]")
+_hub = st.sampled_from(["hub:org/name:train[:10%]", "hub:org/name/config:train", "hub:name:test"])
 _rank = st.integers(1, 512)
 _alpha = st.integers(1, 512) | _number(0, 512)
 _names = st.sampled_from(["all-linear", "q_proj", r".*\.mlp\..*"]) | st.lists(WORDS, min_size=1, max_size=3)
@@ -90,7 +90,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     data |= draw(
         _some(
             {},
-            {"test": _valid, "max_length": st.integers(2, 4096), "columns": st.dictionaries(WORDS, WORDS, max_size=2)},
+            {"test": _valid, "max_length": st.integers(4, 4096), "columns": st.dictionaries(WORDS, WORDS, max_size=2)},
         )
     )
     data |= draw(_some({}, {"on_bad_row": st.sampled_from(["error", "skip"]), "shuffle": st.booleans()}))

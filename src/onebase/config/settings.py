@@ -16,7 +16,7 @@ from onebase.config.methods import Lora
 from onebase.config.section import Means, Section, given, show, take
 from onebase.errors import Problem
 
-_HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+)?:\S+")
+_HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+){0,2}:\S+")
 
 
 def _data_path(path: str) -> str:
@@ -29,7 +29,7 @@ class DataPart(Section):
     """A file, a folder, or a data set of the hub, and how much it counts."""
 
     path: Annotated[str, AfterValidator(_data_path)] = Field(
-        min_length=1, description="A .jsonl, .csv or .parquet file, a folder of them, or hub:org/name:split."
+        min_length=1, description="A .jsonl, .csv or .parquet file, a folder of them, or hub:org/name[/config]:split."
     )
     weight: float = Field(default=1.0, gt=0, description="How often each row is drawn in an epoch, on average.")
 
@@ -89,7 +89,7 @@ class DataSettings(Section):
     test: DataSource | None = Field(default=None, description="The rows that `onebase eval RUN` measures on.")
     max_length: int | None = Field(
         default=None,
-        ge=2,
+        ge=4,
         description=f"The most tokens an example may have. Default: the model's limit, at most {DEFAULT_MAX_LENGTH}.",
     )
     columns: dict[str, str] = Field(
