@@ -229,4 +229,4 @@ def test_a_data_file_may_have_any_name(folder: Path, name: str) -> None:
 def test_settings_from_says_where_the_values_came_from(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^1 problem in trial 3\n  adapter\.r: must be at least 1, got 0\.$"):
         settings_from({"model": "m", "data": {"train": "a.jsonl"}, "adapter": {"r": 0}}, where="trial 3", folder=folder)
-    assert isinstance(settings_from({"model": "m", "data": {"train": "hub:a:train"}}), Settings)
+    assert isinstance(settings_from({"model": "m", "data": {"train": "hub:a/b:train"}}), Settings)

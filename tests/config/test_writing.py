@@ -61,7 +61,7 @@ def test_a_difference_is_shown_exactly_where_the_written_files_differ(
 
 def test_a_default_that_has_no_effect_is_not_written(folder: Path) -> None:
     train = TrainSettings(steps=5, warmup_steps=1)
-    settings = Settings(model="m", data=DataSettings(train=(DataPart(path="hub:a:train"),)), train=train)
+    settings = Settings(model="m", data=DataSettings(train=(DataPart(path="hub:a/b:train"),)), train=train)
     written = parse_yaml(dump_settings(settings)).value
     assert not {"epochs", "warmup_ratio", "lr_step_gamma", "keep_best", "eval_every"} & written["train"].keys()
     assert written["train"]["learning_rate"] == Lora.default_learning_rate

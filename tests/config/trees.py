@@ -26,7 +26,7 @@ def _some(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrate
 
 
 _file = st.sampled_from(FILES).map(lambda name: f"./{name}")
-_hub = st.sampled_from(["hub:org/name:train[:10%]", "hub:org/name/config:train", "hub:name:test"])
+_hub = st.sampled_from(["hub:org/name:train[:10%]", "hub:org/name/config:train"])
 _rank = st.integers(1, 512)
 _alpha = st.integers(1, 512) | _number(0, 512)
 _names = st.sampled_from(["all-linear", "q_proj", r".*\.mlp\..*"]) | st.lists(WORDS, min_size=1, max_size=3)

@@ -16,7 +16,7 @@ from onebase.config.methods import Lora
 from onebase.config.section import Means, Section, given, show, take
 from onebase.errors import Problem
 
-_HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+){0,2}:\S+")
+_HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+){1,2}:\S+")
 
 
 def _data_path(path: str) -> str:
