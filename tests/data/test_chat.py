@@ -1,12 +1,16 @@
 """Laws of rendering and labels, on tokenizers of several kinds and templates of several kinds."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+import trl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from onebase.data.check import label_segments
-from onebase.data.examples import build_examples
+from onebase.data.examples import Example, build_examples
 from onebase.data.rows import Row
 from onebase.errors import DataError
 from tests.data import tiny
@@ -212,6 +216,13 @@ def test_an_opening_without_generation_prompt_is_refused():
         examples_of(messages, BYTES, tiny.CHATML_WITHOUT_PROMPT)
 
 
+def test_a_template_that_leaves_out_the_answer_is_refused():
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    parts = tiny.CHATML.replace("message['content']", "(message['content'][0].text or '')")
+    with pytest.raises(DataError, match=r"leaves out what the assistant says.*list of parts"):
+        examples_of(messages, BYTES, parts)
+
+
 def test_a_generation_prompt_that_training_never_shows_is_refused():
     template = tiny.CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -228,3 +239,40 @@ def test_a_model_without_template_is_told_what_to_do():
 def test_a_template_that_is_no_jinja_is_refused_before_any_row(template):
     with pytest.raises(DataError, match=r"data\.template"):
         examples_of([], BYTES, template)
+
+
+UNFIT_TEMPLATES = {
+    f"{name}_training"
+    for name in (
+        *("deepseek_r1_distill", "deepseekv3"),  # asks with <think>, learns without
+        *("nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"),  # likewise
+        *("idefics3", "llava_next", "smolvlm"),  # take lists of parts, not strings
+    )
+}
+REWRITING_TEMPLATES = {"gptoss_training", "phi3_training", "phi3_5_training"}
+TRL_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja"))
+
+
+@pytest.mark.parametrize("path", TRL_TEMPLATES, ids=lambda path: path.stem)
+def test_on_trls_templates_labels_are_the_marked_text_without_the_prompt_and_closing_blanks(path):
+    """Its marks may cover what the generation prompt writes already, and the newline after the end token."""
+    template = path.read_text(encoding="utf-8")
+    messages = [{"role": role, "content": f"the {role} dog"} for role in ("user", "assistant") * 2]
+    tokenizer = tiny.byte_tokenizer(template, trim_offsets=False)
+    if path.stem in UNFIT_TEMPLATES:
+        with pytest.raises(DataError, match=r"ends the prompt with|leaves out|refuses"):
+            examples_of(messages, tokenizer)
+        return
+    examples, _ = examples_of(messages, tokenizer)
+    ours = [piece for example in examples for piece in labelled_pieces(example, tokenizer)]
+    assert len(ours) == 2
+    if path.stem in REWRITING_TEMPLATES:
+        assert len(examples) == 2
+        return
+    assert len(examples) == 1
+    marks = theirs(tokenizer, messages, template, return_assistant_tokens_mask=True)
+    marked = Example(np.asarray(marks["input_ids"]), np.asarray(marks["assistant_masks"]) == 1, "", {})
+    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+    for our, their in zip(ours, labelled_pieces(marked, tokenizer), strict=True):
+        assert their.rstrip().endswith(our.rstrip())
+        assert asked.endswith(their.rstrip().removesuffix(our.rstrip()))

@@ -175,14 +175,20 @@ def test_a_template_file_overrides_the_models_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"task": "classify"}, {"labels": "first"}, {"on_bad_row": "warn"}, {"max_length": 3}]
+    "wrong", [{"task": "classify"}, {"labels": "first"}, {"on_bad_row": "warn"}, {"max_length": 1}]
 )
 def test_a_choice_that_is_none_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         build_examples([chat_row("a")], BYTES, **wrong)
 
 
-def test_a_replaced_system_message_is_noted():
+def test_a_row_that_keeps_its_own_system_message_is_noted():
     rows = [Row({"prompt": "a", "completion": "b", "system": "own"}, "row 1"), chat_row("a", 2)]
-    _, report = build_examples(rows, BYTES, system="given")
-    assert report.notes == {"data.system replaced the row's own system message": 1}
+    examples, report = build_examples(rows, BYTES, system="given")
+    assert [name in BYTES.decode(e.token_ids) for e in examples for name in ("own", "given")] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert list(report.notes.values()) == [1]

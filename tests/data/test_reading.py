@@ -6,8 +6,8 @@ import re
 import time
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,6 +49,11 @@ WRITERS = {
     "rows.tsv": write_csv,
     "rows.parquet": write_parquet,
 }
+
+
+def message_of(row):
+    assert row.fault is not None
+    return row.fault.message
 
 
 def values(source, **more):
@@ -100,7 +105,7 @@ def test_a_broken_line_is_a_fault_of_its_row_and_the_others_are_read(tmp_path, l
     rows = list(read_rows(tmp_path / "rows.jsonl"))
     assert [row.fault is None for row in rows] == [True, False, True]
     assert rows[1].place.endswith("rows.jsonl line 2")
-    assert re.search(message, rows[1].fault.message)
+    assert re.search(message, message_of(rows[1]))
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -116,7 +121,7 @@ def test_bytes_that_are_not_utf8_are_named_with_line_and_offset(tmp_path, before
     (tmp_path / "rows.jsonl").write_bytes(content)
     bad = list(read_rows(tmp_path / "rows.jsonl"))[-1]
     assert bad.place.endswith(f"line {len(before) + 1}")
-    assert f"byte 0xe9 at offset {content.index(b'caf') + 3} of the file" in bad.fault.message
+    assert f"byte 0xe9 at offset {content.index(b'caf') + 3} of the file" in message_of(bad)
 
 
 def test_formats_that_cannot_skip_a_row_raise_for_bytes_that_are_not_utf8(tmp_path):
@@ -169,7 +174,7 @@ def test_a_csv_row_that_does_not_fit_the_header_is_a_fault(tmp_path):
     (tmp_path / "a.csv").write_text("a,b\n1,2\n1,2,3\n")
     rows = list(read_rows(tmp_path / "a.csv"))
     assert rows[1].place.endswith("line 3")
-    assert rows[1].fault.message.startswith("3 fields, but the header names 2")
+    assert message_of(rows[1]).startswith("3 fields, but the header names 2")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -257,7 +262,7 @@ def test_a_mapped_column_that_is_missing_is_a_fault_with_the_columns_there():
         read_rows([{"q": "1", "a": "2"}, {"question": "1", "a": "2"}], columns={"prompt": "q", "completion": "a"})
     )
     assert rows[0].fault is None
-    assert rows[1].fault.message.startswith("'q' is missing; the row has 'question', 'a'")
+    assert message_of(rows[1]).startswith("'q' is missing; the row has 'question', 'a'")
 
 
 def test_nothing_is_written_where_the_files_or_the_user_are(tmp_path, monkeypatch):

@@ -60,16 +60,22 @@ def test_tools_may_be_json_text():
     assert conversation_of(row | {"tools": tools})[0].tools == tools
 
 
-def test_a_system_setting_is_added_or_replaces_the_rows_own():
+def test_a_system_setting_is_for_rows_without_one_of_their_own():
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     own = {"role": "system", "content": "own"}
     given_first = {"role": "system", "content": "given"}
-    assert messages_of({"messages": [own, *asked]}) == [own, *asked]
-    assert messages_of({"prompt": "a", "completion": "b", "system": "own"}) == [own, *asked]
-    for values, replaced in (({"messages": asked}, False), ({"messages": [own, *asked]}, True)):
-        conversation, was_replaced = conversation_of(values, "given")
-        assert (conversation.messages, was_replaced) == ([given_first, *asked], replaced)
-    assert conversation_of({"messages": [given_first, *asked]}, "given")[1] is False
+    for values, first in (
+        ({"messages": asked}, given_first),
+        ({"messages": [own, *asked]}, own),
+        ({"prompt": "a", "completion": "b"}, given_first),
+        ({"prompt": "a", "completion": "b", "system": "own"}, own),
+        ({"prompt": "a", "completion": "b", "system": ""}, given_first),
+    ):
+        conversation, keeps_own = conversation_of(values, "given")
+        assert conversation.messages == [first, *asked]
+        assert keeps_own == (first is own)
+        without = conversation_of(values)[0].messages
+        assert without == ([own, *asked] if first is own else asked)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from onebase.data.text import text_windows
 from tests.data import tiny
 
 texts = st.text(min_size=1, max_size=60)
-lengths = st.one_of(st.none(), st.integers(4, 12))
+lengths = st.one_of(st.none(), st.integers(3, 12))
 
 
 def windows_of(text, tokenizer, max_length):

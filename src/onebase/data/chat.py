@@ -46,7 +46,7 @@ class Renderer:
     tokenizer: Tokenizer
     template: str | None = None
     notes: dict[str, int] = field(default_factory=dict)
-    _header: str | None = None
+    _fits: bool = False
     _special_texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -98,6 +98,8 @@ class Renderer:
         whole = self.render(messages, tools, asking=False)
         if tools and whole == self.render(messages, None, asking=False):
             self._note("the chat template ignores the row's tools")
+        if not self._fits:
+            self._check_template_fits(messages, tools, turns[0], self.render(messages[: turns[0]], tools, asking=True))
         prompts = [self.render(messages[:turn], tools, asking=True) for turn in turns]
         throughs = [self._through(messages, tools, turn, whole) for turn in turns]
         for turn, prompt, through in zip(turns, prompts, throughs, strict=True):
@@ -127,7 +129,7 @@ class Renderer:
     ) -> None:
         """Raise a BadRow unless the turn's text is what follows its prompt, and is there at all."""
         if not through.startswith(prompt):
-            kept = next((i for i, (a, b) in enumerate(zip(prompt, through, strict=False)) if a != b), len(through))
+            kept = _common_length(prompt, through)
             raise BadRow(
                 "the generation prompt is no prefix of the turn",
                 f"message {turn + 1} (assistant): the chat template ends the prompt with {prompt[kept:][-80:]!r}, but "
@@ -147,32 +149,38 @@ class Renderer:
                     f"message {turn + 1} (assistant): the chat template ignores 'tool_calls'. Name one that writes "
                     "them in data.template.",
                 )
-        self._check_header(messages, tools, turn, prompt)
 
-    def _check_header(self, messages: Messages, tools: Sequence[Any] | None, turn: int, prompt: str) -> None:
-        """Raise a DataError if the template opens assistant turns with words, but has no generation prompt for them.
+    def _check_template_fits(self, messages: Messages, tools: Sequence[Any] | None, turn: int, prompt: str) -> None:
+        """Raise a DataError if no answer can be learned with the template; a fact about it, so looked at once.
 
-        What two different answers share after the prompt is the template's opening. It may be blank ("[/INST] "). A
-        fact about the template, so looked at once.
+        Two different answers must look different (templates for images leave out content that is a string). What both
+        renderings share after the prompt is the template's opening: it may be blank ("[/INST] "), but an opening of
+        words belongs into a generation prompt.
         """
-        if self._header is None:
-            self._header = ""
-            if prompt == self.render(messages[:turn], tools, asking=False):
-                one, two = (
-                    self.render([*messages[:turn], {"role": "assistant", "content": text}], tools, asking=False)
-                    for text in ("A", "B")
-                )
-                same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
-                self._header = one[len(prompt) : same]
-        if self._header.strip():
+        one, two = (
+            self.render([*messages[:turn], {"role": "assistant", "content": text}], tools, asking=False)
+            for text in ("A", "B")
+        )
+        if one == two:
             raise DataError(
-                f"the chat template opens an assistant turn with {self._header!r}, but has no generation prompt: "
+                "the chat template leaves out what the assistant says: answers 'A' and 'B' give the same text. It may "
+                "expect content as a list of parts. Name a template for text in data.template."
+            )
+        opening = one[len(prompt) : _common_length(one, two)]
+        if opening.strip() and prompt == self.render(messages[:turn], tools, asking=False):
+            raise DataError(
+                f"the chat template opens an assistant turn with {opening!r}, but has no generation prompt: "
                 "add_generation_prompt changes nothing, so the model would never be asked that way. Name a template "
                 "in data.template that ends with {% if add_generation_prompt %}...{% endif %}."
             )
+        self._fits = True
 
     def _note(self, note: str) -> None:
         self.notes[note] = self.notes.get(note, 0) + 1
+
+
+def _common_length(one: str, two: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
 def _check_template(template: str) -> None:

@@ -27,7 +27,7 @@ from onebase.data.tokens import BoolArray, Encoded, IntArray, Tokenizer, encode,
 from onebase.errors import ConfigError, DataError, list_problems
 
 SHOWN_ROWS = 10
-SHORTEST_MAX_LENGTH = 4
+SHORTEST_MAX_LENGTH = 2
 _CHUNK_ROWS = 1000
 
 
@@ -157,12 +157,12 @@ class _Chat:
         if row.fault:
             return row.fault
         try:
-            conversation, replaced = conversation_of(row.values, self.system)
+            conversation, keeps_own = conversation_of(row.values, self.system)
             renderings = self.renderer.renderings(conversation, self.labels)
         except BadRow as bad:
             return bad.fault
-        if replaced:
-            self.report.note("data.system replaced the row's own system message")
+        if keeps_own:
+            self.report.note("the row keeps its own system message; data.system is for rows without one")
         return renderings, conversation.rest
 
     def _examples(

@@ -94,10 +94,9 @@ def apply_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict
 
 
 def conversation_of(values: Mapping[str, Any], system: str | None = None) -> tuple[Conversation, bool]:
-    """Return the row as a conversation, and whether `system` replaced a system message that the row had.
+    """Return the row as a conversation, and whether it keeps a system message of its own instead of `system`.
 
-    `system` is the first message of every conversation: put in front where there is none, and in the place of the
-    row's own where there is one.
+    `system` is for conversations that have none; a row's own (its first message, or a `system` column) stays.
 
     Raises: BadRow if the row has no chat shape, two of them, or messages that cannot be learned from.
     """
@@ -112,10 +111,10 @@ def conversation_of(values: Mapping[str, Any], system: str | None = None) -> tup
         first_answer = len(asked)
     else:
         messages = [_alpaca_question(values), *_messages(values["output"], "output", role="assistant")]
-    messages, first_answer, replaced = _with_system(messages, first_answer, system, values.get("system"))
+    messages, first_answer, keeps_own = _with_system(messages, first_answer, system, values.get("system"))
     _check_answers(messages, first_answer)
     rest = {key: value for key, value in values.items() if key not in needs and key not in takes}
-    return Conversation(messages, _tools(values.get("tools")), first_answer, rest), replaced
+    return Conversation(messages, _tools(values.get("tools")), first_answer, rest), keeps_own
 
 
 def text_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -231,19 +230,15 @@ def _alpaca_question(values: Mapping[str, Any]) -> dict[str, Any]:
 def _with_system(
     messages: list[dict[str, Any]], first_answer: int, system: str | None, row_system: Any
 ) -> tuple[list[dict[str, Any]], int, bool]:
-    has_own = messages[0]["role"] == "system"
-    if not has_own and row_system is not None and str(row_system).strip():
-        messages, first_answer, has_own = (
-            [{"role": "system", "content": str(row_system)}, *messages],
-            first_answer + 1,
-            True,
-        )
-    if system is None:
-        return messages, first_answer, False
-    first = {"role": "system", "content": system}
-    if has_own:
-        return [first, *messages[1:]], first_answer, messages[0]["content"] != system
-    return [first, *messages], first_answer + 1, False
+    first = system
+    keeps_own = messages[0]["role"] == "system"
+    if not keeps_own and row_system is not None and str(row_system).strip():
+        first, keeps_own = str(row_system), True
+    elif keeps_own:
+        first = None
+    if first is not None:
+        messages, first_answer = [{"role": "system", "content": first}, *messages], first_answer + 1
+    return messages, first_answer, keeps_own and system is not None
 
 
 def _check_answers(messages: list[dict[str, Any]], first_answer: int) -> None:

@@ -40,7 +40,7 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
 def _cut(ids: IntArray, max_length: int | None, starts_with_bos: bool) -> list[IntArray]:
     size = len(ids) if max_length is None else max_length - int(starts_with_bos)
     edges = [*range(0, len(ids), size), len(ids)]
-    if len(edges) > 2 and edges[-1] - edges[-2] == 1 and not starts_with_bos:
+    if len(edges) > 2 and edges[-1] - edges[-2] == 1 and not starts_with_bos and size > 2:
         edges[-2] -= 1  # a window of one token would have no label: it takes one more from its neighbour
     return [ids[start:end] for start, end in pairwise(edges)]
 
