@@ -148,7 +148,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
                 tokenizer.model_max_length = config.get_text_config().max_position_embeddings
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except (ValueError, RuntimeError, NotImplementedError, KeyError, IndexError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, EOFError, struct.error) as error:
         raise FileFormatError(f"{gguf}: cannot be read as a GGUF model: {first_line(error)}") from error
     _clean_json(folder / "config.json", {"quantization_config"})
     _clean_json(folder / "generation_config.json", set())

@@ -185,8 +185,12 @@ def _is_mixed(name: str, modules: Iterable[Module]) -> bool:
 
 def _in_block(module: Module) -> str:
     """Return a module's path inside its block, numbers left open."""
-    inside = module.path if module.block is None else module.path.removeprefix(f"{module.block[0]}.{module.block[1]}.")
+    inside = module.path if module.block is None else module.path.removeprefix(_root(module.block) + ".")
     return _with_any_number(inside)
+
+
+def _root(block: tuple[str, int]) -> str:
+    return f"{block[0]}.{block[1]}".removeprefix(".")  # the model itself may be the list
 
 
 def _kind(module: nn.Module) -> Kind | None:
@@ -235,8 +239,12 @@ def _block(path: str, tree: dict[str, nn.Module]) -> tuple[str, int] | None:
 
 def _block_count(model: nn.Module) -> int:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    outermost = [name for name in lists if not any(name != other and _lies_in(name, other) for other in lists)]
     return sum(len(lists[name]) for name in outermost)
+
+
+def _lies_in(path: str, parent: str) -> bool:
+    return parent == "" or path.startswith(parent + ".")
 
 
 def _head_paths(model: nn.Module, tree: dict[str, nn.Module]) -> set[str]:
@@ -262,7 +270,7 @@ def _role(
     siblings = dict(tree[parent].named_children())
     if _ROUTER.search(own) and "experts" in siblings and "proj" not in own:
         return "router"
-    root = f"{block[0]}.{block[1]}"
+    root = _root(block)
     inside = path.removeprefix(root + ".").split(".")
     if any(_ATTENTION.search(part) for part in inside):
         return "attention"
