@@ -1,7 +1,28 @@
 """onebase: one frozen base model, many adapters.
 
 Importing this package imports no torch: `onebase --help` answers at once, and settings can be read and checked on a
-machine that has none.
+machine that has none. The names of the Python interface (`onebase.api`) are loaded when they are first used.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from onebase.ops.bits import ask_for_reproducible_bits
+
+if TYPE_CHECKING:
+    from onebase.api import Adapter, Bank, Base, Job, Lora, Result, Scores, evaluate, load, model_path, train
+
 __version__ = "0.1.0"
+
+__all__ = ["Adapter", "Bank", "Base", "Job", "Lora", "Result", "Scores", "evaluate", "load", "model_path", "train"]
+
+ask_for_reproducible_bits()
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of `onebase.api`, importing it (and torch) on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'onebase' has no attribute {name!r}")
+    return getattr(importlib.import_module("onebase.api"), name)

@@ -1,8 +1,9 @@
 """The self-check of a base: does it run flat, and is its output head one that the fused loss can express?
 
-Two random examples that share a prefix, one of them longer than a sliding window, are run flat and compared with the
-model's own forward on each alone, hidden states, logits and loss. Where they differ the base runs padded, and the
-same comparison is made there; a model for which neither holds is refused. Nothing is decided by a model's name.
+Two random examples with one prefix, one of them longer than a sliding window, are run flat and compared with the
+model's own forward on each alone, hidden states, logits and loss: first with the prefix computed once, then with each
+example by itself (what is bidirectional cannot share one). Where they differ the base runs padded, and the same
+comparison is made there; a model for which nothing holds is refused. Nothing is decided by a model's name.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from onebase.base.model import Base
 
 # Relative to the largest logit: rounding in another order, at most; a wrong mask or position is off by far more.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# (fp64: models take softmax and rotary angles in fp32.)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _LONGEST_WINDOW = 1024
+_PREFIX = 5
 
 
 def head_of(model: Any) -> HeadRecord | None:
@@ -57,58 +60,69 @@ def head_of(model: Any) -> HeadRecord | None:
 
 
 def choose_layout(base: Base) -> Literal["flat", "padded"]:
-    """Return the layout in which the base equals its own model, and set `base.position_offset` where flat needs one.
+    """Return the layout in which the base equals its own model; set its `position_offset` and `shares_prefixes`.
 
     Raises:
-        ModelError: the base equals its model in neither.
+        ModelError: the base equals its model in none.
     """
-    layout, ids = _probe(base)
-    expected = _own_results(base, layout, ids)
+    examples = _probe(base)
+    expected = _own_results(base, examples)
     padding = getattr(base.model.config, "pad_token_id", None)
     found = []
     for kind, offset in (("flat", 0), ("flat", (padding or 0) + 1), ("padded", 0)):
-        base.layout_kind, base.position_offset = kind, offset  # type: ignore[assignment]
-        try:
-            difference = _difference(base, layout, ids, expected)
-        except (NotFlatError, TypeError, ValueError, KeyError, IndexError) as error:
-            found.append(f"{kind}: {error}")
-            continue
-        if difference <= TOLERANCE[base.dtype]:
-            return kind  # type: ignore[return-value]
-        found.append(f"{kind}, positions from {offset}: differs by {difference:.1e} of the largest logit")
+        for shared in (True, False):
+            base.layout_kind, base.position_offset, base.shares_prefixes = kind, offset, shared  # type: ignore[assignment]
+            how = f"{kind}, positions from {offset}, prefixes {'shared' if shared else 'repeated'}"
+            try:
+                difference = _difference(base, examples, expected)
+            except (NotFlatError, TypeError, ValueError, KeyError, IndexError) as error:
+                found.append(f"{how}: {error}")
+                continue
+            if difference <= TOLERANCE[base.dtype]:
+                return kind  # type: ignore[return-value]
+            found.append(f"{how}: differs by {difference:.1e} of the largest logit")
     raise ModelError(
         f"{base.name}: the logits and loss computed by onebase do not equal the model's own ({'; '.join(found)}). "
         f"This architecture ({type(base.model).__name__}) is not supported."
     )
 
 
-def _probe(base: Base) -> tuple[Layout, Tensor]:
-    """Return a layout of a shared prefix and two examples, one longer than the window, and its random tokens."""
+def _probe(base: Base) -> list[Tensor]:
+    """Return two examples of random tokens that begin alike, one of them longer than the window."""
     config = base.model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     longest = window + 9 if 0 < window <= _LONGEST_WINDOW else 21
     longest = min(longest, (base.max_length or longest + 8) - 8)
-    layout = Layout([Node(5), Node(max(longest - 5, 2), parent=0), Node(3, parent=0)])
     draws = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.vocab_size, (layout.token_count,), generator=draws)
-    return layout, ids
+    ids = torch.randint(3, config.vocab_size, (_PREFIX + max(longest - _PREFIX, 2) + 3,), generator=draws)
+    return [ids[:-3], torch.cat([ids[:_PREFIX], ids[-3:]])]
 
 
-def _examples(layout: Layout) -> list[Tensor]:
+def _lay_out(examples: list[Tensor], shared: bool) -> tuple[Layout, Tensor]:
+    """Return the layout and tokens of the probe's two examples, their prefix computed once or for each."""
+    first, second = examples
+    if not shared:
+        return Layout([Node(len(first)), Node(len(second))]), torch.cat(examples)
+    nodes = [Node(_PREFIX), Node(len(first) - _PREFIX, parent=0), Node(len(second) - _PREFIX, parent=0)]
+    return Layout(nodes), torch.cat([first, second[_PREFIX:]])
+
+
+def _rows_of_examples(layout: Layout) -> list[Tensor]:
     """Return the flat rows of each of the probe's two examples, prefix first."""
+    last = len(layout.nodes) - 1
     return [
         torch.tensor(layout.ancestor_rows(i) + list(range(layout.starts[i], layout.starts[i] + layout.nodes[i].length)))
-        for i in (1, 2)
+        for i in (last - 1, last)
     ]
 
 
 @torch.no_grad()
-def _own_results(base: Base, layout: Layout, ids: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+def _own_results(base: Base, examples: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
     """Return, for each example alone, the model's own logits (hidden states without a head) and its loss."""
     results: list[tuple[Tensor, Tensor | None]] = []
     with base.native(Route(sole_owner=NO_OWNER)) as model:
-        for rows in _examples(layout):
-            line = ids[rows][None].to(base.device)
+        for ids in examples:
+            line = ids[None].to(base.device)
             if base.head is None:
                 results.append((base.trunk(input_ids=line).last_hidden_state[0], None))
             else:
@@ -118,17 +132,16 @@ def _own_results(base: Base, layout: Layout, ids: Tensor) -> list[tuple[Tensor, 
 
 
 @torch.no_grad()
-def _difference(base: Base, layout: Layout, ids: Tensor, expected: list[tuple[Tensor, Tensor | None]]) -> float:
+def _difference(base: Base, examples: list[Tensor], expected: list[tuple[Tensor, Tensor | None]]) -> float:
     """Return the largest difference of logits and losses, relative to the largest logit."""
+    layout, ids = _lay_out(examples, base.shares_prefixes)
     hidden = base.hidden(ids, probe_route(base, layout))
     worst = 0.0
-    for rows, (own, own_loss) in zip(_examples(layout), expected, strict=True):
+    for rows, (own, own_loss) in zip(_rows_of_examples(layout), expected, strict=True):
         ours = hidden[rows.to(hidden.device)]
         largest = float(own.abs().max())
         if base.head is not None and own_loss is not None:
-            segments = Segments.of([len(rows)], [NO_OWNER])
-            with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
-                logits = base.head.logits(ours, segments)
+            logits = base.head.logits(ours, Segments.of([len(rows)], [NO_OWNER]))
             labels = ids[rows][1:].to(ours.device)
             loss = F.cross_entropy(logits[:-1].float(), labels)
             worst = max(worst, float((loss - own_loss).abs()) / max(float(own_loss), 1e-6))

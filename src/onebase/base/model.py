@@ -35,6 +35,7 @@ class Base:
         name: what the user called it; `folder`: where its files lie (None: in memory).
         fingerprint: sha256 of the weights as stored, independent of dtype and device.
         layout_kind: "flat" or "padded", decided by a self-check when the base is made.
+        shares_prefixes: whether a layout's node may have children (causal models), decided by the same check.
         slot: where the current route lies.
     """
 
@@ -53,7 +54,7 @@ class Base:
         pretrained.register_attention(self._flat_attention, flat_attention_of(self.slot))
         weakref.finalize(self, pretrained.unregister_attention, self._flat_attention)
         self.head = check.head_of(model)
-        self.position_offset = 0
+        self.position_offset, self.shares_prefixes = 0, True
         self.layout_kind: LayoutKind = check.choose_layout(self)
 
     @property

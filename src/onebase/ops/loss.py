@@ -46,7 +46,7 @@ class HeadRecord:
         self, hidden: Float[Tensor, "rows hidden"], segments: Segments, row_keys: Int64[Tensor, " rows"] | None = None
     ) -> Float[Tensor, "rows vocab"]:
         """Return the logits of every row, differentiable in all parts."""
-        z = F.linear(hidden, self.weight, self.bias)
+        z = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)  # under autocast a norm may return fp32
         if self.update is not None:
             z = low_rank.add_low_rank_(z, hidden, self.update, segments, row_keys)
         if self.scale != 1.0:

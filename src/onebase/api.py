@@ -1,0 +1,176 @@
+"""The Python front door: what `import onebase as ob` offers, small and typed. Nothing here computes.
+
+base = ob.load("smollm2-135m-instruct")
+bank = ob.Bank(base)
+bank.add("math", ob.Lora(r=16, lora_alpha=32))
+result = ob.train(bank, {"math": ob.Job(data=rows, learning_rate=2e-4, epochs=1)})
+print(ob.evaluate(bank, "math", test_rows))
+bank.save("math", "adapters/math")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onebase.adapters.bank import Adapter
+from onebase.adapters.bank import Bank as RoutedBank
+from onebase.base import pretrained
+from onebase.base.model import Base, load
+from onebase.config.methods import Lora
+from onebase.config.settings import DataSettings, TrainSettings
+from onebase.errors import ConfigError
+from onebase.files.peft_format import read_adapter
+from onebase.files.result import Result
+from onebase.measure import evaluate as scoring
+from onebase.measure.evaluate import Scores
+from onebase.train import opening, run, saving
+from onebase.train.data import load_rows
+from onebase.train.progress import Progress, Quiet
+from onebase.train.stop import StopRequest
+
+__all__ = ["Adapter", "Bank", "Base", "Job", "Lora", "Result", "Scores", "evaluate", "load", "model_path", "train"]
+
+Rows = str | Path | Sequence[Mapping[str, Any]]
+
+
+class Bank:
+    """Adapters on one base, by name. `routed` is the bank of the adapters room, which forwards go through."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.routed = RoutedBank(base)
+        self._jobs: dict[str, Job] = {}
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name."""
+        return self.routed.adapters
+
+    def add(self, name: str, settings: Lora | None = None, *, seed: int = 0) -> Adapter:
+        """Put a new adapter on the base; without settings it is LoRA with its defaults.
+
+        Raises:
+            ConfigError: the name is taken.
+            TargetError: the settings name a module that is not there.
+        """
+        return self.routed.add(name, settings or Lora(), seed=seed)
+
+    def load(self, name: str, folder: str | Path, *, allow_base_mismatch: bool = False) -> Adapter:
+        """Put the adapter in a folder (ours or PEFT's) on the base.
+
+        Raises:
+            FileFormatError: it is damaged, or was trained on another base.
+        """
+        stored = read_adapter(Path(folder))
+        opening.check_base(self.base, stored, allow_base_mismatch=allow_base_mismatch)
+        seed = None if stored.record is None else stored.record.seed
+        return self.routed.add(name, stored.settings, seed=seed or 0, tensors=stored.tensors)
+
+    def save(self, name: str, folder: str | Path) -> Path:
+        """Write an adapter in PEFT's format, with the tokenizer, and return its folder.
+
+        Raises:
+            ConfigError: no such adapter, or the place cannot be written to.
+        """
+        if name not in self.adapters:
+            raise ConfigError(f"no adapter {name!r} in the bank; it has {', '.join(self.adapters) or 'none'}.")
+        job = self._jobs.get(name)
+        template = None if job is None else job.reading.template
+
+        def fill(new: Path) -> None:
+            saving.save_tokenizer(self.base, new, template)
+
+        task = "chat" if job is None else job.task
+        saving.write(Path(folder), self.base, self.adapters[name], task=task, fill=fill)
+        return Path(folder)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the base."""
+        self.routed.remove(name)
+        self._jobs.pop(name, None)
+
+    def remember(self, name: str, job: Job) -> None:
+        """Keep how an adapter's rows are read, so that `evaluate` and `save` treat them alike."""
+        self._jobs[name] = job
+
+    def reading_of(self, name: str | None) -> tuple[DataSettings, str]:
+        """Return (how rows are read, task) of the adapter's job; the defaults where it has none."""
+        job = self._jobs.get(name or "")
+        return (job.reading, job.task) if job else (DataSettings(train="rows"), "chat")  # type: ignore[arg-type]
+
+
+class Job:
+    """What one adapter learns from and how: rows or a path, and the settings of `train:` and `data:` in a file.
+
+    Args:
+        data, valid: a path, or rows as mappings.
+        task: "chat" or "text".
+        reading: how rows become examples: max_length, columns, labels, system, template, on_bad_row, shuffle.
+        settings: everything under `train:`: learning_rate, epochs, batch_size, ...
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        data: Rows,
+        *,
+        valid: Rows | None = None,
+        task: str = "chat",
+        reading: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.data, self.valid, self.task = data, valid, task
+        self.reading = DataSettings(train="rows", **(reading or {}))  # type: ignore[arg-type]
+        self.settings = TrainSettings(**settings)
+
+
+def train(bank: Bank, jobs: Mapping[str, Job], *, progress: Progress | None = None) -> Result | dict[str, Result]:
+    """Train adapters of the bank, one after the other, and return the result of the one job, or those of all by name.
+
+    Raises:
+        ConfigError: a job names no adapter of the bank.
+        DataError: rows that cannot be used.
+        TrainingError: a loss or gradient that is not finite.
+    """
+    unknown = [name for name in jobs if name not in bank.adapters]
+    if unknown or not jobs:
+        raise ConfigError(
+            f"jobs must name adapters of the bank ({', '.join(bank.adapters) or 'it has none'}), got {list(jobs)}."
+        )
+    results = {name: _train_one(bank, name, job, progress or Quiet()) for name, job in jobs.items()}
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def _train_one(bank: Bank, name: str, job: Job, progress: Progress) -> Result:
+    base = bank.base
+    rows = load_rows(job.data, job.reading, job.task, base).examples
+    valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base).examples
+    bank.remember(name, job)
+    whole = run.Job(bank.routed, bank.adapters[name], rows, valid, job.settings, job.reading.shuffle)
+    member = run.start(whole, None, None, progress)
+    run.train_member(whole, member, None, progress, StopRequest())
+    return run.result_of(whole, member, adapter_bytes=4 * member.adapter.parameter_count)
+
+
+def evaluate(bank: Bank, name: str | None, rows: Rows) -> Scores:
+    """Return loss, perplexity and token accuracy of an adapter (None: of the base alone) on rows or a file.
+
+    Raises:
+        DataError: rows that cannot be used.
+    """
+    reading, task = bank.reading_of(name)
+    examples = load_rows(rows, reading, task, bank.base).examples
+    return scoring.evaluate(bank.routed, name, examples)
+
+
+def model_path(name: str, *, revision: str | None = None) -> Path:
+    """Return the folder of a model that transformers can open, after fetching it if need be.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    return pretrained.locate(name, revision=revision).folder

@@ -1,0 +1,107 @@
+"""Memory runs out before the first step, or never: the largest micro-batch is estimated, cut to fit, and tried.
+
+On a CPU there is no out-of-memory error to catch, the system ends the process. So a small micro-batch is run first and
+the bytes that its forward keeps for the backward are counted; the largest one must fit what is available by that
+count before it is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onebase.adapters.bank import Bank
+from onebase.data.batches import cut_by_tokens, flatten
+from onebase.data.examples import Examples
+from onebase.errors import CapacityError
+from onebase.measure import memory
+from onebase.train.step import forward_loss
+
+AUTO_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
+_PROBE_TOKENS = 64
+_RESERVE = 1.2  # allocator slack, and what the backward needs besides: measured 1.05 to 1.15
+
+
+def fit_budget(bank: Bank, name: str, examples: Examples, batch_size: int, wanted: int | str) -> int:
+    """Return the tokens of a micro-batch: `wanted`, or as many as the device is fast at and memory holds for "auto".
+
+    The largest micro-batch there can be is run forward and backward before this returns; gradients are cleared.
+
+    Raises:
+        CapacityError: it does not fit; the message says what would.
+    """
+    automatic = wanted == "auto"
+    budget = AUTO_TOKENS.get(bank.base.device.type, AUTO_TOKENS["cpu"]) if automatic else int(wanted)
+    lengths = examples.lengths
+    longest = int(lengths.max())
+    if bank.base.device.type == "cpu":
+        per_token = _RESERVE * _kept_bytes_per_token(bank, name, examples)
+        fits = int(memory.available_bytes() / per_token)
+        needed = max(min(budget, int(np.sort(lengths)[-batch_size:].sum())), longest)
+        if needed > fits and (not automatic or longest > fits):
+            raise CapacityError(_too_little(needed, longest, fits, per_token))
+        budget = min(budget, fits)
+    while True:
+        try:
+            _try_largest(bank, name, examples, batch_size, budget)
+            return budget
+        except torch.OutOfMemoryError as error:
+            bank.base.model.zero_grad(set_to_none=True)
+            if not automatic or budget <= longest:
+                raise CapacityError(
+                    f"a micro-batch of {max(budget, longest)} tokens does not fit the memory of {bank.base.device}. Set "
+                    "train.activation_checkpointing: true, a smaller data.max_length, or dtype: bfloat16."
+                ) from error
+            budget = max(budget // 2, 1)
+
+
+def _too_little(needed: int, longest: int, fits: int, per_token: float) -> str:
+    advice = (
+        f"train.micro_batch_tokens: {fits}"
+        if longest <= fits
+        else f"data.max_length: {fits}"
+        if fits >= _PROBE_TOKENS
+        else "a smaller model"
+    )
+    return (
+        f"a micro-batch of {needed} tokens needs about {needed * per_token / 1e9:.1f} GB beside the base; "
+        f"{fits * per_token / 1e9:.1f} GB are free, enough for {fits} tokens. Set {advice}, or "
+        "train.activation_checkpointing: true, or end other programs."
+    )
+
+
+def _kept_bytes_per_token(bank: Bank, name: str, examples: Examples) -> float:
+    """Return the bytes that a forward keeps for its backward, a token, counted on a few short examples."""
+    order = np.argsort(examples.lengths, kind="stable").tolist()
+    cut = cut_by_tokens(examples.lengths[order].tolist(), _PROBE_TOKENS)[0]
+    seen: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in bank.base.model.parameters()}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        tokens = _forward_and_backward(bank, name, examples, order[cut])
+    return sum(seen.values()) / tokens
+
+
+def _try_largest(bank: Bank, name: str, examples: Examples, batch_size: int, budget: int) -> None:
+    order = np.argsort(-examples.lengths, kind="stable").tolist()[:batch_size]
+    cut = cut_by_tokens(examples.lengths[order].tolist(), budget)[0]
+    _forward_and_backward(bank, name, examples, order[cut])
+
+
+def _forward_and_backward(bank: Bank, name: str, examples: Examples, numbers: Sequence[int]) -> int:
+    """Run examples forward and backward, clear the gradients and return the number of tokens."""
+    batch = flatten([examples[n] for n in numbers], list(numbers), name)
+    total, _ = forward_loss(bank, batch, 1 / batch.label_count, dropout_step=0)
+    total.backward()  # type: ignore[no-untyped-call]
+    for _, parameter in bank.adapters[name].parameters():
+        parameter.grad = None
+    return batch.layout.token_count

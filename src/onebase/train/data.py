@@ -1,0 +1,102 @@
+"""From data settings to examples: reading, splitting and tokenising, with a report of what became of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onebase.base.model import Base
+from onebase.config.settings import DEFAULT_MAX_LENGTH, DataPart, DataSettings
+from onebase.data.examples import Examples, Report, build_examples
+from onebase.data.reading import read_rows
+from onebase.data.rows import Row, split_by_hash
+from onebase.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Examples of one part of the data, what became of its rows, and the names of the files they came from."""
+
+    examples: Examples
+    report: Report
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from and is evaluated on."""
+
+    train: Prepared
+    valid: Prepared | None
+
+
+def load_data(settings: DataSettings, task: str, base: Base) -> TrainingData:
+    """Return the training and validation examples that the settings name, all rows checked.
+
+    Raises:
+        DataError: a file or rows that cannot be used.
+    """
+    rows: Iterable[Row] = _rows(settings.train, settings)
+    names = _names(settings.train)
+    if isinstance(settings.valid, float):
+        rows, held_out = split_by_hash(rows, settings.valid)
+        valid = prepare(
+            held_out, settings, task, base, tuple(f"{name} ({settings.valid:g} held out)" for name in names)
+        )
+    elif settings.valid is not None:
+        valid = prepare(_rows(settings.valid, settings), settings, task, base, _names(settings.valid))
+    else:
+        return TrainingData(prepare(rows, settings, task, base, names), None)
+    return TrainingData(prepare(rows, settings, task, base, names), valid)
+
+
+def load_rows(source: Any, settings: DataSettings, task: str, base: Base) -> Prepared:
+    """Return the examples of another source (a path, rows) under a run's data settings.
+
+    Raises:
+        DataError: a file or rows that cannot be used.
+    """
+    names = (Path(source).name,) if isinstance(source, str | Path) else ("rows",)
+    return prepare(read_rows(source, columns=settings.columns), settings, task, base, names)
+
+
+def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Base, files: tuple[str, ...]) -> Prepared:
+    """Return rows as examples under the data settings."""
+    if base.tokenizer is None:
+        raise ConfigError(f"{base.name} has no tokenizer, so task {task!r} cannot read its rows. Choose another model.")
+    examples, report = build_examples(
+        rows,
+        base.tokenizer,
+        task=task,
+        max_length=max_length_of(settings, base),
+        labels=settings.labels,
+        system=settings.system,
+        template=settings.template,
+        on_bad_row=settings.on_bad_row,
+    )
+    return Prepared(examples, report, files)
+
+
+def max_length_of(settings: DataSettings, base: Base) -> int:
+    """Return the most tokens of an example: as set, or the model's limit, at most DEFAULT_MAX_LENGTH.
+
+    Raises:
+        ConfigError: more than the model can take.
+    """
+    limit = base.max_length
+    if settings.max_length is None:
+        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if limit is not None and settings.max_length > limit:
+        raise ConfigError(f"data.max_length: {base.name} takes at most {limit} tokens, got {settings.max_length}.")
+    return settings.max_length
+
+
+def _rows(parts: Sequence[DataPart], settings: DataSettings) -> Iterable[Row]:
+    source = [part.path if part.weight == 1 else {"path": part.path, "weight": part.weight} for part in parts]
+    return read_rows(source, columns=settings.columns)
+
+
+def _names(parts: Sequence[DataPart]) -> tuple[str, ...]:
+    return tuple(part.path if part.on_hub else Path(part.path).name for part in parts)

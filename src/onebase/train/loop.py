@@ -1,0 +1,129 @@
+"""The loop: steps, evaluations, checkpoints and stopping, for one member; everything exact is the member's own.
+
+The loop reads clocks, writes files and talks to whoever watches; none of it changes what is learned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from onebase.data.examples import Examples
+from onebase.errors import TrainingError
+from onebase.files.run_folder import RunFolder
+from onebase.measure.evaluate import evaluate
+from onebase.train.member import Member
+from onebase.train.progress import Progress
+from onebase.train.stop import Stopped, StopRequest
+
+CHECKPOINT_SECONDS = 300.0
+
+
+class Loop:
+    """Runs a member to its end. `folder` None: nothing is written; `valid` None: nothing is evaluated."""
+
+    def __init__(
+        self,
+        member: Member,
+        *,
+        valid: Examples | None,
+        folder: RunFolder | None,
+        state: Mapping[str, Any],
+        progress: Progress,
+        evaluation_tokens: int,
+    ) -> None:
+        self.member, self.valid, self.folder, self.progress = member, valid, folder, progress
+        self.state = state
+        self.evaluation_tokens = evaluation_tokens
+        self._saved_at_step, self._saved_at_time = member.books.step, time.monotonic()
+
+    def run(self, stop: StopRequest) -> None:
+        """Train until the steps are done, patience is, or somebody asks to stop.
+
+        Raises:
+            Stopped: asked to stop; a checkpoint holds what was learned.
+            TrainingError: a step failed; a checkpoint holds the steps before it.
+        """
+        member, books = self.member, self.member.books
+        if books.step == 0 and books.valid_loss_before is None:
+            books.valid_loss_before = self._evaluate()
+        while not member.finished and not self._out_of_patience():
+            if stop.signal_number is not None:
+                self._stop(stop.signal_number)
+            try:
+                record = member.run_step()
+            except TrainingError as error:
+                raise TrainingError(f"{error}{self._save_after_failure()}") from error
+            values = {k: v for k, v in vars(record).items() if k != "step"}
+            evaluated = self._is_due(member.settings.eval_every) or member.finished
+            if evaluated and self.valid is not None:
+                values["valid_loss"] = loss = self._evaluate()
+                assert loss is not None
+                member.note_validation(loss)
+            if self.folder is not None:
+                self.folder.append_metrics(record.step, values)
+            self.progress.stepped(record)
+            if self._checkpoint_is_due():
+                self.save()
+
+    def _evaluate(self) -> float | None:
+        if self.valid is None:
+            return None
+        scores = evaluate(self.member.bank, self.member.adapter.name, self.valid, batch_tokens=self.evaluation_tokens)
+        self.progress.evaluated(self.member.books.step, scores)
+        return scores.loss
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.member.books.step % every == 0
+
+    def _out_of_patience(self) -> bool:
+        patience = self.member.settings.early_stopping_patience
+        return patience is not None and self.member.books.evaluations_without_gain >= patience
+
+    def _checkpoint_is_due(self) -> bool:
+        if self.folder is None or self.member.finished:
+            return False
+        every = self.member.settings.save_every
+        if every is not None:
+            return self._is_due(every)
+        return time.monotonic() - self._saved_at_time > CHECKPOINT_SECONDS
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done so far, unless there is one already."""
+        assert self.folder is not None
+        step = self.member.books.step
+        if self.folder.checkpoints and self._saved_at_step == step:
+            return
+        tensors, books = self.member.state()
+        path = self.folder.save_checkpoint(
+            step,
+            tensors,
+            {**self.state, "books": books},
+            best=self.member.best,
+            keep=self.member.settings.keep_checkpoints,
+        )
+        self._saved_at_step, self._saved_at_time = step, time.monotonic()
+        self.progress.saved(path)
+
+    def _stop(self, signal_number: int) -> None:
+        if self.folder is None:
+            raise KeyboardInterrupt
+        self.save()
+        raise Stopped(
+            f"stopped after step {self.member.books.step} of {self.member.schedule.total_steps}; the checkpoint is in "
+            f"{self.folder.checkpoints[-1]}.",
+            signal_number,
+        )
+
+    def _save_after_failure(self) -> str:
+        if self.folder is None or self.member.books.step == 0:
+            return ""
+        self.save()
+        return f" The {self.member.books.step} steps before it are kept in {self.folder.checkpoints[-1]}."
+
+
+def restore_best_(member: Member) -> None:
+    """Put the tensors of the lowest validation loss into the adapter, if the run kept them."""
+    if member.best is not None:
+        member.adapter.load_state_(member.best)

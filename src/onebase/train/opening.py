@@ -1,0 +1,94 @@
+"""Opening an adapter with the base it belongs to: by its own record, checked against the base's fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase.adapters.bank import Adapter, Bank
+from onebase.base.model import Base, load
+from onebase.errors import FileFormatError, ModelError
+from onebase.files.peft_format import StoredAdapter, read_adapter
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter in a bank of its own, and the files it came from."""
+
+    bank: Bank
+    adapter: Adapter
+    stored: StoredAdapter
+
+
+def open_adapter(
+    path: Path,
+    *,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_base_mismatch: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> OpenedAdapter:
+    """Open the adapter in a folder, or in the run folder given, on its base, or on `model`.
+
+    Raises:
+        FileFormatError: the files are not those of an adapter, or of one for another base.
+        ModelError: the base cannot be found.
+    """
+    stored = read_adapter(path)
+    for text in stored.notes:
+        note(text)
+    base = load(model or base_name(stored), revision=_revision(stored, model), dtype=dtype, device=device)
+    return OpenedAdapter(*put_on(base, stored, allow_base_mismatch=allow_base_mismatch), stored)
+
+
+def put_on(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool = False) -> tuple[Bank, Adapter]:
+    """Put a stored adapter on a base, in a bank of its own.
+
+    Raises:
+        FileFormatError: it was trained on another base, unless `allow_base_mismatch`; or its tensors do not fit.
+    """
+    check_base(base, stored, allow_base_mismatch=allow_base_mismatch)
+    bank = Bank(base)
+    seed = None if stored.record is None else stored.record.seed
+    return bank, bank.add(ADAPTER, stored.settings, seed=seed or 0, tensors=stored.tensors)
+
+
+def check_base(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool) -> None:
+    """Raise if an adapter was trained on other weights than the base's; one that does not say fits any.
+
+    Raises:
+        FileFormatError: the fingerprints differ, unless `allow_base_mismatch`.
+    """
+    record = stored.record
+    if record is None or record.base_fingerprint in (None, base.fingerprint) or allow_base_mismatch:
+        return
+    raise FileFormatError(
+        f"{stored.folder}: the adapter was trained on {record.base} with weights {str(record.base_fingerprint)[:12]}, "
+        f"but {base.name} has weights {base.fingerprint[:12]}. Open it on its own base (--model), or pass "
+        "--allow-base-mismatch if the difference is meant."
+    )
+
+
+def base_name(stored: StoredAdapter) -> str:
+    """Return the name of the base an adapter says it was trained on.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    if stored.record is not None:
+        folder = stored.config.get("base_model_name_or_path")
+        return folder if stored.record.base == "in-memory" and folder else stored.record.base
+    name = stored.config.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{stored.folder}: adapter_config.json names no base_model_name_or_path. Name it: --model")
+    return str(name)
+
+
+def _revision(stored: StoredAdapter, model: str | None) -> str | None:
+    if model is not None:
+        return None
+    return stored.record.base_revision if stored.record is not None else stored.config.get("revision")

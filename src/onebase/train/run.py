@@ -1,0 +1,245 @@
+"""A run: settings, base, data, adapter and folder brought together, trained, and written down.
+
+`train_run` is what `onebase train` does. Everything that can be wrong is checked before the first step, in the order
+of its cost: the folder, the settings of a resumed run, the model, the targets, the rows, memory and disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import onebase
+from onebase.adapters.bank import Adapter, Bank
+from onebase.base.model import load
+from onebase.config.reading import read_settings
+from onebase.config.settings import Settings, TrainSettings
+from onebase.config.writing import diff_settings, dump_settings
+from onebase.data.examples import Examples
+from onebase.errors import ResumeError, list_problems
+from onebase.files.atomic import ensure_writable
+from onebase.files.checkpoint import Checkpoint
+from onebase.files.peft_format import read_adapter
+from onebase.files.result import Result, read_result
+from onebase.files.run_folder import RunFolder, run_bytes
+from onebase.measure import memory
+from onebase.measure.evaluate import EVALUATION_TOKENS
+from onebase.ops import bits
+from onebase.train.capacity import fit_budget
+from onebase.train.data import load_data
+from onebase.train.loop import Loop, restore_best_
+from onebase.train.member import Member
+from onebase.train.progress import Plan, Progress, Quiet
+from onebase.train.saving import save_run_adapter
+from onebase.train.stop import StopRequest
+
+ADAPTER = "adapter"
+
+
+def train_run(
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
+) -> Result:
+    """Train the adapter that the settings describe into the run folder `out`, and return the run's numbers.
+
+    With `resume` the run goes on from its newest checkpoint, starts if there is none, and returns the result there is
+    if it has finished.
+
+    Raises:
+        OnebaseError: whatever is wrong, before the first step where that can be told; see errors.py.
+        Stopped: `stop` was asked for; a checkpoint was written.
+    """
+    progress = progress or Quiet()
+    settings = settings.resolved()
+    opened = RunFolder.open_for_resume(out) if resume else RunFolder.create(out)
+    with opened as folder:
+        if resume:
+            _check_same_settings(folder, settings)
+            done = read_result(out)
+            if done is not None:
+                progress.note(f"{out}: the run has finished already; nothing was done.")
+                return done
+        if settings.train.threads is not None:
+            torch.set_num_threads(settings.train.threads)
+        checkpoint = folder.load_checkpoint() if resume else None
+        base = load(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        bank = Bank(base)
+        adapter = add_adapter(bank, settings)
+        data = load_data(settings.data, settings.task, base)
+        job = Job(bank, adapter, data.train.examples, data.valid.examples if data.valid else None, settings.train)
+        job = replace(job, shuffle=settings.data.shuffle, evaluation_tokens=settings.eval.batch_tokens)
+        member = start(job, folder, checkpoint, progress)
+        folder.rewind(member.books.step if checkpoint else None)
+        folder.write_config(dump_settings(settings))
+        train_member(job, member, folder, progress, stop or StopRequest())
+        adapter_bytes = save_run_adapter(folder.adapter_path, member, settings, data)
+        result = result_of(job, member, adapter_bytes=adapter_bytes)
+        folder.finish(result)
+        progress.saved(folder.adapter_path)
+    return result
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `start` and `train_member` need: one adapter of a bank, its examples and its training settings."""
+
+    bank: Bank
+    adapter: Adapter
+    train: Examples
+    valid: Examples | None
+    settings: TrainSettings
+    shuffle: bool = True
+    evaluation_tokens: int | str = "auto"
+
+
+def add_adapter(bank: Bank, settings: Settings) -> Adapter:
+    """Put the adapter that the settings describe on the bank, with the weights of `adapter.init_from` if that is set."""
+    source = settings.adapter.init_from
+    tensors = None if source is None else read_adapter(source).tensors
+    return bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
+
+
+def start(job: Job, folder: RunFolder | None, checkpoint: Checkpoint | None, progress: Progress) -> Member:
+    """Return the member, restored from the checkpoint if there is one, with memory and disk tried; announce the plan."""
+    identity = identity_of(job)
+    if checkpoint is None:
+        name, size = job.adapter.name, job.settings.batch_size
+        budget = fit_budget(job.bank, name, job.train, size, job.settings.micro_batch_tokens)
+    else:
+        budget = int(checkpoint.state["micro_batch_tokens"])
+        _check_identity(checkpoint, identity, progress)
+    member = Member(job.bank, job.adapter, job.train, job.settings, shuffle=job.shuffle, budget=budget)
+    if checkpoint is not None:
+        member.load_state(checkpoint.tensors, checkpoint.state["books"], checkpoint.best)
+    if folder is not None:
+        parameter_bytes = 4 * job.adapter.parameter_count
+        keep_best = job.settings.keep_best and job.valid is not None
+        needed = run_bytes(
+            parameter_bytes, 2 * parameter_bytes, keep=job.settings.keep_checkpoints, keep_best=keep_best
+        )
+        ensure_writable(folder.path, needed, writing="the run")
+    progress.started(_plan(job, member))
+    return member
+
+
+def train_member(job: Job, member: Member, folder: RunFolder | None, progress: Progress, stop: StopRequest) -> None:
+    """Train a started member to its end and leave the tensors that are to be kept in its adapter."""
+    base = job.bank.base
+    tokens = EVALUATION_TOKENS if job.evaluation_tokens == "auto" else int(job.evaluation_tokens)
+    state = {"identity": identity_of(job), "micro_batch_tokens": member.budget_tokens}
+    loop = Loop(member, valid=job.valid, folder=folder, state=state, progress=progress, evaluation_tokens=tokens)
+    with stop.listening(), base.activation_checkpointing(job.settings.activation_checkpointing):
+        loop.run(stop)
+    restore_best_(member)
+
+
+def identity_of(job: Job) -> dict[str, Any]:
+    """Return what must be the same for a resumed run (base, data), and what decides its bits (torch, threads, ...)."""
+    return {
+        "base_fingerprint": job.bank.base.fingerprint,
+        "train_fingerprint": job.train.fingerprint,
+        "valid_fingerprint": None if job.valid is None else job.valid.fingerprint,
+        "dtype": str(job.bank.base.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "instruction_set": bits.instruction_set(),
+        "device": job.bank.base.device.type,
+        "onebase": onebase.__version__,
+    }
+
+
+def result_of(job: Job, member: Member, *, adapter_bytes: int) -> Result:
+    """Return the numbers of a finished member."""
+    books = member.books
+    kept_best = member.best is not None
+    return Result(
+        steps=books.step,
+        examples=books.examples,
+        tokens=books.tokens,
+        seconds=books.seconds,
+        compile_seconds=0.0,
+        examples_per_s=books.examples / books.seconds,
+        tokens_per_s=books.tokens / books.seconds,
+        peak_rss_bytes=memory.peak_rss_bytes(),
+        peak_device_bytes=memory.peak_device_bytes(job.bank.base.device),
+        optimizer_state_bytes=member.optimizer_bytes,
+        train_loss=books.loss_sum / books.labels,
+        valid_loss_before=books.valid_loss_before,
+        valid_loss=books.best_loss if kept_best else books.last_valid_loss,
+        best_step=books.best_step if kept_best else None,
+        trainable_parameters=job.adapter.parameter_count,
+        total_parameters=job.bank.base.parameter_count + job.adapter.parameter_count,
+        adapter_bytes=adapter_bytes,
+        base_fingerprint=job.bank.base.fingerprint,
+    )
+
+
+def _plan(job: Job, member: Member) -> Plan:
+    count = job.adapter.parameter_count
+    return Plan(
+        steps=member.schedule.total_steps,
+        first_step=member.books.step,
+        examples=len(job.train),
+        tokens=job.train.token_count,
+        labelled_tokens=job.train.label_count,
+        valid_examples=0 if job.valid is None else len(job.valid),
+        batch_size=job.settings.batch_size,
+        micro_batch_tokens=member.budget_tokens,
+        learning_rate=member.schedule.learning_rate,
+        warmup_steps=member.schedule.warmup_steps,
+        threads=torch.get_num_threads(),
+        trainable_parameters=count,
+        total_parameters=job.bank.base.parameter_count,
+        gradient_bytes=4 * count,
+        optimizer_bytes=8 * count,
+        adapter_bytes=4 * count,
+        layout=job.bank.base.layout_kind,
+        warnings=job.adapter.warnings,
+    )
+
+
+def _check_same_settings(folder: RunFolder, settings: Settings) -> None:
+    """Raise if a run is to be resumed with other settings than it was started with."""
+    if folder.config_text() is None:
+        return
+    changed = diff_settings(read_settings(folder.config_path), settings)
+    if changed:
+        problems = [f"{name}: was {old!r}, is {new!r}." for name, old, new in changed]
+        text = list_problems(f"resuming {folder.path}: settings differ from those it was started with", problems)
+        raise ResumeError(f"{text}\nResume with the run's own file: onebase train {folder.config_path} --out "
+                          f"{folder.path} --resume, or start a new run with another --out.")  # fmt: skip
+
+
+_SAME = {
+    "base_fingerprint": "the base",
+    "train_fingerprint": "the training rows",
+    "valid_fingerprint": "the validation rows",
+}
+
+
+def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], progress: Progress) -> None:
+    """Raise if base or data are not the run's own; note what may change the bits of the rest."""
+    before = checkpoint.state["identity"]
+    changed = [words for key, words in _SAME.items() if before[key] != identity[key]]
+    if changed:
+        raise ResumeError(
+            f"{checkpoint.path}: {' and '.join(changed)} are not those the run was started with. Restore them, or start "
+            "a new run with another --out."
+        )
+    differ = [f"{key} was {before[key]}, is {identity[key]}" for key in identity if before[key] != identity[key]]
+    if differ:
+        progress.note(f"resumed elsewhere ({'; '.join(differ)}): the result may differ in its last bits.")

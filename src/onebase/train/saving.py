@@ -1,0 +1,116 @@
+"""Writing an adapter: PEFT's two files, our record, the tokenizer, the chat template and a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onebase
+from onebase.adapters.bank import Adapter
+from onebase.base.model import Base
+from onebase.config.settings import Settings
+from onebase.data.examples import read_template
+from onebase.files.atomic import write_synced
+from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, model_card
+from onebase.files.peft_config import targets_of
+from onebase.files.peft_format import TENSORS_NAME, write_adapter
+from onebase.files.record import AdapterRecord
+from onebase.files.target_names import name_targets
+from onebase.train.data import Prepared, TrainingData
+from onebase.train.member import Member
+
+_TEMPLATE_NAME = "chat_template.jinja"
+
+
+def save_run_adapter(folder: Path, member: Member, settings: Settings, data: TrainingData) -> int:
+    """Write a run's adapter with all that belongs to it and return the bytes of its tensor file."""
+    base, adapter = member.bank.base, member.adapter
+    card = model_card(_facts(folder, base, member, settings, data))
+
+    def fill(new: Path) -> None:
+        save_tokenizer(base, new, settings.data.template)
+        write_synced(new / CARD_NAME, card)
+
+    return write(folder, base, adapter, task=settings.task, revision=settings.revision, fill=fill)
+
+
+def write(
+    folder: Path,
+    base: Base,
+    adapter: Adapter,
+    *,
+    task: str,
+    revision: str | None = None,
+    fill: Callable[[Path], None] | None = None,
+) -> int:
+    """Write an adapter in PEFT's format with our record beside it and return the bytes of its tensor file."""
+    names = [name for name, _ in base.model.named_modules()]
+    write_adapter(
+        folder,
+        adapter.settings,
+        {name: tensor.cpu() for name, tensor in adapter.state.items()},
+        targets=name_targets(adapter.targets, module_paths(names), targets_of(adapter.settings)),
+        base_path=str(base.folder or base.name),
+        record=AdapterRecord(
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            base_revision=revision,
+            dtype=str(base.dtype).removeprefix("torch."),
+            task=task,
+            seed=adapter.seed,
+        ),
+        fill=fill,
+    )
+    return (folder / TENSORS_NAME).stat().st_size
+
+
+def module_paths(names: list[str]) -> list[str]:
+    """Return the paths of the model's own modules: wrapped ones under their own name, as PEFT sees the plain model."""
+    return [name for name in names if name and not name.endswith(".base_layer")]
+
+
+def save_tokenizer(base: Base, folder: Path, template: Path | None) -> None:
+    """Write the tokenizer, and the chat template that was trained with, where that is not the model's own."""
+    if base.tokenizer is None:
+        return
+    base.tokenizer.save_pretrained(folder)
+    if template is not None:
+        (folder / _TEMPLATE_NAME).write_text(read_template(template), encoding="utf-8")
+
+
+def _facts(folder: Path, base: Base, member: Member, settings: Settings, data: TrainingData) -> CardFacts:
+    books = member.books
+    return CardFacts(
+        name=folder.absolute().parent.name,
+        base=base.name,
+        base_revision=settings.revision,
+        base_fingerprint=base.fingerprint,
+        task=settings.task,
+        settings=_worth_showing(settings),
+        data=[*_data_facts("train", data.train), *([] if data.valid is None else _data_facts("valid", data.valid))],
+        steps=books.step,
+        examples=books.examples,
+        tokens=books.tokens,
+        train_loss=books.loss_sum / books.labels,
+        valid_loss_before=books.valid_loss_before,
+        valid_loss=books.best_loss if member.best is not None else books.last_valid_loss,
+        trainable_parameters=member.adapter.parameter_count,
+        total_parameters=base.parameter_count + member.adapter.parameter_count,
+        onebase_version=onebase.__version__,
+    )
+
+
+def _data_facts(role: str, part: Prepared) -> list[DataFacts]:
+    report = part.report
+    return [DataFacts(role, ", ".join(part.files), report.rows, report.examples, report.labelled_tokens)]
+
+
+def _worth_showing(settings: Settings) -> Mapping[str, Any]:
+    """Return the adapter's and the training's settings that were given, and the learning rate; no paths."""
+    shown: dict[str, Any] = {}
+    for section, values in (("adapter", settings.adapter), ("train", settings.train)):
+        for name, value in values.model_dump(exclude_none=True).items():
+            if not isinstance(value, Path) and value not in ({}, []):
+                shown[f"{section}.{name}"] = value
+    return shown
