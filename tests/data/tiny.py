@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
@@ -70,6 +70,7 @@ PLAIN_WORDS = (
     "{% for message in messages %}{{ 'Q: ' + message['content'] + '\n' if message['role'] == 'user' "
     "else 'A: ' + message['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
 )
+PLAIN_BLANKS = PLAIN_WORDS.replace("\n", "  ")
 
 
 def wrapped(tokenizer: Tokenizer, template: str | None, **tokens: str) -> PreTrainedTokenizerFast:
@@ -105,11 +106,20 @@ def byte_tokenizer(template: str | None = CHATML, *, trim_offsets: bool = True, 
     return wrapped(tokenizer, template)
 
 
-def piece_tokenizer(template: str | None = CHATML):
-    """Llama 2's kind: blanks become a mark in front of words, and one is put in front of the text."""
+def piece_tokenizer(template: str | None = CHATML, *, legacy: bool = False):
+    """Llama's kind: blanks become a mark in front of words, and one is put in front of each stretch of text.
+
+    `legacy` is how Llama 2's file does it, where special tokens, too, are followed by a mark that stands for no character.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    mark = "\u2581"
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(mark), normalizers.Replace(" ", mark)])
+        blanks = [decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(blanks)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     bytes_of_utf8 = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL + bytes_of_utf8, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
