@@ -10,7 +10,7 @@ templates move the tools to the last question), they are no prefixes of the whol
 each assistant turn: the conversation up to that turn, with this turn alone marked.
 
 A template may close every rendering with the end-of-text token (Phi-3); a turn in the middle then ends without it.
-Cost: one rendering, and two more for each assistant turn but the last one, which needs one more; about 30 us each.
+Cost: one rendering, and two more for each assistant turn but the last one, which needs one more; about 40 us each.
 """
 
 import re

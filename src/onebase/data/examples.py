@@ -4,7 +4,7 @@
 and labels (`tokens.py`). Everything is checked here, before the first step of a training: all bad rows are reported at
 once, or counted by reason where they may be skipped.
 
-Cost: 8,000 chat rows of 60 tokens take about 3 s, of which the tokenizer takes 1.1 s; 5 bytes are kept a token.
+Cost: 8,000 chat rows of 60 tokens take about 2 s, of which the tokenizer takes 1.1 s and jinja 0.6 s; 5 bytes are kept a token.
 """
 
 import hashlib
