@@ -19,6 +19,8 @@ import pytest
 CHECKED_ROOMS = ("onebase.ops", "onebase.adapters", "onebase.measure")
 jaxtyping.install_import_hook(CHECKED_ROOMS, "beartype.beartype")
 
+import onebase  # noqa: E402, F401  before any test imports torch: it asks MKL for bits that do not depend on neighbours
+
 hypothesis.settings.register_profile("here", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("here"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")

@@ -55,7 +55,7 @@ def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
 def rank_and_alpha(settings: Lora, path: str) -> tuple[int, float]:
     """Return the rank and lora_alpha of one module: the patterns' where one matches, the adapter's otherwise."""
     r = for_path(settings.rank_pattern, path, settings.r)
-    return r, for_path(settings.alpha_pattern, path, settings.lora_alpha)
+    return r, float(for_path(settings.alpha_pattern, path, settings.lora_alpha))
 
 
 def make_target(settings: Lora, path: str, shape: tuple[int, int], seed: int, device: torch.device) -> LoraTarget:

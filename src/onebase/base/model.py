@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,8 @@ class Base:
         layout = route.layout
         if layout is None or token_ids.shape != (layout.token_count,):
             raise ValueError(f"{tuple(token_ids.shape)} token ids for a layout of {layout and layout.token_count}")
+        if not self.shares_prefixes and any(node.parent != NO_PARENT for node in layout.nodes):
+            raise ValueError(f"{self.name} is bidirectional: a prefix depends on what follows, repeat it instead")
         token_ids = token_ids.to(self.device)
         with self._mixed_precision():
             if self.layout_kind == "padded":
@@ -118,10 +120,17 @@ class Base:
 
     @contextmanager
     def native(self, route: Route) -> Iterator[Any]:
-        """Yield the model as transformers runs it (generation, padded batches), under a route without a layout."""
+        """Yield the model as transformers runs it (generation, padded batches), under a route without a layout.
+
+        The attention of before comes back afterwards: a flat forward may still be waiting to be recomputed.
+        """
+        before = self._current_attention
         self._use_attention(self._own_attention)
-        with self.slot.use(route), self._mixed_precision():
-            yield self.model
+        try:
+            with self.slot.use(route), self._mixed_precision():
+                yield self.model
+        finally:
+            self._use_attention(before)
 
     def _use_attention(self, name: str) -> None:
         if name != self._current_attention:
@@ -137,21 +146,47 @@ class Base:
     def activation_checkpointing(self, enabled: bool = True) -> Iterator[None]:
         """Recompute each block in the backward instead of keeping its activations, under the route it ran with.
 
-        `training` is set on the blocks alone (transformers checkpoints only then), not on what lies in them, so the
-        base's own dropout stays off.
+        `training` is set on the blocks alone (transformers checkpoints only then) and only until they run, so the
+        base's own dropout stays off, also where a block drops by itself (OPT).
         """
         if not enabled:
             yield
             return
-        blocks = pretrained.enable_checkpointing(self.model, self.slot.for_recompute)
-        for block in blocks:
-            block.training = True
+        blocks: list[Any] = []
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            forward, again = self.slot.for_recompute()
+            return _InEvaluation(blocks, forward), _InEvaluation(blocks, again)
+
+        blocks += pretrained.enable_checkpointing(self.model, contexts)
+        _set_training(blocks, True)
         try:
             yield
         finally:
-            for block in blocks:
-                block.training = False
+            _set_training(blocks, False)
             pretrained.disable_checkpointing(self.model)
+
+
+class _InEvaluation(AbstractContextManager[None]):
+    """Another context with the blocks in evaluation mode; may be entered again and again."""
+
+    def __init__(self, blocks: list[Any], inner: AbstractContextManager[None]) -> None:
+        self._blocks, self._inner = blocks, inner
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self._blocks[0].training)
+        _set_training(self._blocks, False)
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        _set_training(self._blocks, self._before.pop())
+
+
+def _set_training(blocks: list[Any], training: bool) -> None:
+    for block in blocks:
+        block.training = training
 
 
 def padded_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

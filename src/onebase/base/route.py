@@ -8,8 +8,8 @@ backward runs on autograd's own threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -42,6 +42,11 @@ class Route:
     row_keys: Mapping[RowSpace, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     sole_owner: int | None = None
 
+    def __post_init__(self) -> None:
+        """Keep the mappings as they are now, whatever becomes of those they were made of."""
+        object.__setattr__(self, "rows", MappingProxyType(dict(self.rows)))
+        object.__setattr__(self, "row_keys", MappingProxyType(dict(self.row_keys)))
+
     def segments(self, space: RowSpace, row_count: int) -> Segments:
         """Return the owners of `row_count` rows of a space.
 
@@ -63,18 +68,28 @@ class Slot:
     def __init__(self) -> None:
         self.route: Route | None = None
 
-    @contextmanager
-    def use(self, route: Route | None) -> Iterator[None]:
-        """Make `route` the current one, and put back the one before."""
-        before, self.route = self.route, route
-        try:
-            yield
-        finally:
-            self.route = before
+    def use(self, route: Route | None) -> AbstractContextManager[None]:
+        """Make `route` the current one, and put back the one before; may be entered again and again."""
+        return _Use(self, route)
 
     def for_recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a checkpointed forward and of its recomputation: `context_fn` of torch's checkpoint."""
         return nullcontext(), self.use(self.route)
+
+
+class _Use(AbstractContextManager[None]):
+    """A route in a slot. No generator: a graph that is kept is recomputed, and so entered, once for each backward."""
+
+    def __init__(self, slot: Slot, route: Route | None) -> None:
+        self._slot, self._route = slot, route
+        self._before: list[Route | None] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self._slot.route)
+        self._slot.route = self._route
+
+    def __exit__(self, *_: object) -> None:
+        self._slot.route = self._before.pop()
 
 
 ContextFunction = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
