@@ -115,11 +115,18 @@ def clean(parent: Path) -> None:
     _clean(Path(os.path.realpath(parent)), only=None)
 
 
+def is_leftover(path: Path) -> bool:
+    """Return whether a name is one that a write has while it is under way, or left behind."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
 def read_steadily(folder: Path, read: Callable[[], Content]) -> Content:
     """Return read(), repeated if another process replaced the folder meanwhile: never a mixture of two versions."""
     for _ in range(_ATTEMPTS - 1):
         recover(folder)
         before = _identity(folder)
+        if before is None:
+            continue
         try:
             content = read()
         except (OnebaseError, OSError):
@@ -228,9 +235,10 @@ def _remove(path: Path) -> None:
     """Delete a folder, under a name that `recover` will never take for a complete one."""
     found = _LEFTOVER.fullmatch(path.name)
     gone = _hidden(path.with_name(found["name"]) if found else path, "gone")
-    _discard(gone)
-    path.rename(gone)
-    _discard(gone)
+    with _working_on(gone):
+        _discard(gone)
+        path.rename(gone)
+        _discard(gone)
 
 
 def _discard(path: Path) -> None:
@@ -286,12 +294,13 @@ def _settle(leftover: Path, target: Path, kind: str, *, running: bool) -> None:
         _remove(leftover)
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """Return what tells a folder from its successor; the number alone may be given out again."""
     try:
         found = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _is_running(pid: int) -> bool:

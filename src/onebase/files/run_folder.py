@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from onebase.errors import ConfigError, FileFormatError
-from onebase.files.atomic import clean, reporting, write_file
+from onebase.files.atomic import clean, is_leftover, reporting, write_file
 from onebase.files.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint, step_of
 from onebase.files.metrics import METRICS_NAME, Metrics, read_metrics
 from onebase.files.result import RESULT_NAME, Result, read_result, write_result
@@ -63,6 +63,7 @@ class RunFolder:
             raise ConfigError(_occupied(path))
         run = cls(path)
         run._acquire()
+        clean(path)
         run.metrics.rewind(None)
         return run
 
@@ -159,9 +160,10 @@ class RunFolder:
         prune_checkpoints(self.path / CHECKPOINTS_NAME, keep)
         return path
 
-    def finish(self, result: Result) -> None:
-        """Write the result, which ends the run; adapter/ must be there."""
+    def finish(self, result: Result, *, keep: int = 2) -> None:
+        """Write the result, which ends the run; adapter/ must be there. All but `keep` checkpoints are deleted."""
         self.metrics.sync()
+        prune_checkpoints(self.path / CHECKPOINTS_NAME, keep)
         write_result(self.path, result)
 
     def _safe(self) -> str:
@@ -262,7 +264,7 @@ def _is_used(path: Path) -> bool:
     traces = {_LOCK_NAME, _HOLDER_NAME}
     for entry in path.iterdir():
         empty_metrics = entry.name == METRICS_NAME and entry.stat().st_size == 0
-        if entry.name not in traces and not empty_metrics:
+        if entry.name not in traces and not empty_metrics and not is_leftover(entry):
             return True
     return False
 

@@ -1,0 +1,81 @@
+from typing import Any
+
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onebase.files.model_card import CardFacts, DataFacts, model_card, public_name
+
+FACTS = CardFacts(
+    name="definitions",
+    base="smollm2-135m-instruct",
+    base_fingerprint="abc",
+    settings={
+        "adapter.r": 16,
+        "data.train": "/home/me/secret/define-train.jsonl",
+        "adapter.target_modules": ["q_proj"],
+    },
+    data=[DataFacts("train", "/home/me/secret/define-train.jsonl", 8000, 8000, 160_000)],
+    steps=100,
+    examples=1600,
+    tokens=94_000,
+    train_loss=2.9,
+    valid_loss_before=3.8312,
+    valid_loss=2.7,
+    trainable_parameters=4_884_480,
+    total_parameters=139_399_488,
+    onebase_version="0.1.0",
+)
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, matter, _ = card.split("---\n", 2)
+    content = yaml.safe_load(matter)
+    assert isinstance(content, dict)
+    return content
+
+
+def test_the_front_matter_is_what_the_hub_reads():
+    matter = front_matter(model_card(FACTS))
+    assert matter["base_model"] == "smollm2-135m-instruct"
+    assert matter["library_name"] == "peft"
+    assert "base_model:adapter:smollm2-135m-instruct" in matter["tags"]
+    assert "license" not in matter
+
+
+def test_the_card_says_what_was_learned_from_what_and_how_to_load_it():
+    card = model_card(FACTS)
+    for part in (
+        "100 steps on 1,600 examples (94,000 tokens)",
+        "| validation, before | 3.8312 |",
+        "| validation, this adapter | 2.7000 |",
+        "| train | define-train.jsonl | 8,000 | 8,000 | 160,000 |",
+        "| `adapter.r` | 16 |",
+        "| `adapter.target_modules` | [q_proj] |",
+        "4,884,480 of 139,399,488 (3.50%)",
+        "PeftModel.from_pretrained",
+        "onebase chat",
+    ):
+        assert part in card
+
+
+def test_the_card_names_no_folder_of_this_machine():
+    facts = CardFacts(**{**vars(FACTS), "base": "/home/me/secret/models/mine"})
+    card = model_card(facts)
+    assert "/home" not in card and "secret" not in card
+    assert front_matter(card)["base_model"] == "mine"
+
+
+def test_a_name_on_the_hub_stays_whole():
+    names = ["org/model", "./models/mine", "/x/model.gguf", "folder/model.gguf", "~/m", "C:\\models\\m"]
+    assert [public_name(name) for name in names][:4] == ["org/model", "mine", "model.gguf", "model.gguf"]
+
+
+texts = st.text(max_size=20)
+
+
+@given(texts, st.dictionaries(texts, st.none() | st.booleans() | st.integers() | texts | st.lists(texts)))
+def test_any_name_and_any_settings_make_a_card_whose_front_matter_can_be_read(name, settings):
+    facts = CardFacts(**{**vars(FACTS), "base": name or "x", "settings": settings})
+    assert model_card(facts) == model_card(facts)
+    assert set(front_matter(model_card(facts))) == {"base_model", "library_name", "pipeline_tag", "tags"}
