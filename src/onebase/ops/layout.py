@@ -62,6 +62,8 @@ class Layout:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = tuple(nodes)
+        if not self.nodes:
+            raise ValueError("a layout has at least one node")
         for index, node in enumerate(self.nodes):
             if not NO_PARENT <= node.parent < index:
                 raise ValueError(f"node {index}: its parent {node.parent} must come before it")
