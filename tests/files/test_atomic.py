@@ -1,6 +1,7 @@
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -76,6 +77,14 @@ def test_a_deleted_folder_is_whole_or_absent_wherever_its_deleter_is_killed(tmp_
         clean(tmp_path)
         assert not folder.exists() or content(folder) == "old"
         assert list(tmp_path.iterdir()) == [folder] * folder.exists()
+
+
+def test_a_folder_deleted_by_hand_after_a_crash_never_comes_back_as_a_part(tmp_path):
+    folder = tmp_path / "adapter"
+    for _ in killed_everywhere(tmp_path, lambda: fill(folder, "old"), lambda: fill(folder, "new")):
+        shutil.rmtree(folder, ignore_errors=True)
+        recover(folder)
+        assert not folder.exists() or content(folder) == "old"
 
 
 def test_everything_in_a_folder_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
