@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Protocol
 
 from onebase.measure.evaluate import Scores
+from onebase.train.data import TrainingData
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is about to be trained, before the first step. Sizes are bytes."""
 
+    model: str
+    dtype: str
+    device: str
     steps: int
     first_step: int
     """Steps done already: 0, or the checkpoint's."""
@@ -62,6 +66,9 @@ class StepRecord:
 class Progress(Protocol):
     """Who watches a training. Every method may do nothing."""
 
+    def loaded(self, data: TrainingData) -> None:
+        """The rows are read and checked."""
+
     def started(self, plan: Plan) -> None:
         """Everything is checked; the first step comes next."""
 
@@ -80,6 +87,9 @@ class Progress(Protocol):
 
 class Quiet:
     """Progress that nobody watches."""
+
+    def loaded(self, data: TrainingData) -> None:
+        """Do nothing."""
 
     def started(self, plan: Plan) -> None:
         """Do nothing."""

@@ -80,6 +80,7 @@ def train_run(
         bank = Bank(base)
         adapter = add_adapter(bank, settings)
         data = load_data(settings.data, settings.task, base)
+        progress.loaded(data)
         job = Job(bank, adapter, data.train.examples, data.valid.examples if data.valid else None, settings.train)
         job = replace(job, shuffle=settings.data.shuffle, evaluation_tokens=settings.eval.batch_tokens)
         member = start(job, folder, checkpoint, progress)
@@ -191,6 +192,9 @@ def result_of(job: Job, member: Member, *, adapter_bytes: int) -> Result:
 def _plan(job: Job, member: Member) -> Plan:
     count = job.adapter.parameter_count
     return Plan(
+        model=job.bank.base.name,
+        dtype=str(job.bank.base.dtype).removeprefix("torch."),
+        device=str(job.bank.base.device),
         steps=member.schedule.total_steps,
         first_step=member.books.step,
         examples=len(job.train),

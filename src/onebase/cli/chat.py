@@ -1,0 +1,176 @@
+"""`onebase chat`: a conversation in the terminal, with an adapter that can be switched off and on."""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from onebase.cli import terminal
+from onebase.cli.opening import Opened, open_adapter_or_model
+from onebase.cli.token_text import TokenText
+from onebase.errors import DataError
+
+if TYPE_CHECKING:
+    from onebase.measure.prompts import Asking
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_HELP = """/quit    leave (also Ctrl-D)
+/reset   forget the conversation
+/base    switch the adapter off, and on again
+/help    this list
+Ctrl-C stops an answer."""
+
+
+def chat(
+    target: Annotated[
+        str, typer.Argument(metavar="[ADAPTER|MODEL]", help="An adapter's folder, a run's, or a model.")
+    ] = DEFAULT_MODEL,
+    model: Annotated[str | None, typer.Option(help="Another name or place of the adapter's base.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message. Default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Accept a base that the adapter was not trained on.")
+    ] = False,
+) -> None:
+    """Talk to an adapter or a model in the terminal.
+
+    /reset forgets the conversation, /base switches the adapter off and on, /quit leaves; Ctrl-C stops an answer.
+
+    With standard input from a pipe, each line is a question and only the answers are printed.
+    """
+    opened = open_adapter_or_model(target, model=model, allow_base_mismatch=allow_base_mismatch)
+    talk = Talk(opened, opened.asking(system), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if sys.stdin.isatty():
+        terminal.say(f"{_who(opened)}. /help lists the commands.")
+    for line in _lines():
+        if line.startswith("/"):
+            if not _command(talk, line):
+                return
+        elif line.strip():
+            talk.ask(line)
+
+
+def _who(opened: Opened) -> str:
+    base = opened.bank.base
+    return f"{opened.label} on {base.name}" if opened.adapter else base.name
+
+
+class Talk:
+    """One conversation: what was said, who answers, and how."""
+
+    def __init__(self, opened: Opened, asking: "Asking", *, max_new_tokens: int, temperature: float, seed: int) -> None:
+        self.opened, self.asking = opened, asking
+        self.adapter = opened.adapter
+        self._settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self._seed = seed
+        self.messages: list[dict[str, str]] = []
+
+    def ask(self, question: str) -> None:
+        """Print the answer to a question as it comes; what Ctrl-C cut off stays in the conversation as it is."""
+        from onebase.data.rows import BadRow
+        from onebase.measure.generate import generate
+
+        asked = [*self.messages, {"role": "user", "content": question}]
+        try:
+            chatting = self.asking.task == "chat"
+            prompt = self.asking.of_messages(asked) if chatting else self.asking.of_text(question)
+        except BadRow as bad:
+            terminal.warn(bad.fault.message)
+            return
+        answer = _Answer(TokenText(self.asking.tokenizer, skip_special=True))
+        try:
+            generate(
+                self.opened.bank,
+                self.adapter,
+                [prompt],
+                **self._settings,
+                seed=self._seed + len(self.messages),
+                on_token=answer.take,
+            )
+        except KeyboardInterrupt:
+            answer.end()
+            terminal.say("(stopped)")
+        except DataError as error:
+            terminal.warn(f"{error} /reset forgets the conversation.")
+            return
+        else:
+            answer.end()
+        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = []
+
+    def switch(self) -> str:
+        """Take the adapter off, or put it back; return who answers now."""
+        if self.opened.adapter is None:
+            return "there is no adapter: the base answers anyway."
+        self.adapter = None if self.adapter else self.opened.adapter
+        return "the adapter answers." if self.adapter else "the base answers, without the adapter."
+
+
+class _Answer:
+    """An answer on its way to standard output."""
+
+    def __init__(self, pieces: TokenText) -> None:
+        self._pieces, self.text = pieces, ""
+
+    def take(self, number: int, token: int) -> None:
+        """Print what a token adds."""
+        self._print(self._pieces.push(token))
+
+    def end(self) -> None:
+        """Print what was held back, and the end of the line."""
+        self._print(self._pieces.rest())
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _print(self, text: str) -> None:
+        self.text += text
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _command(talk: Talk, line: str) -> bool:
+    """Do what a line with a slash says; return False to leave."""
+    word = line.split(maxsplit=1)[0]
+    if word in ("/quit", "/exit", "/q"):
+        return False
+    if word == "/reset":
+        talk.reset()
+        terminal.say("(forgotten)")
+    elif word == "/base":
+        terminal.say(f"({talk.switch()})")
+    else:
+        terminal.say(_HELP if word == "/help" else f"{word} is no command.\n{_HELP}")
+    return True
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines that are typed or piped in; two Ctrl-C in a row leave."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    import readline  # noqa: F401 (importing it gives input() its line editing and history)
+
+    interrupted = False
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            terminal.say("")
+            return
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            terminal.stderr().print(Text("\n(Ctrl-C again, Ctrl-D or /quit leaves)", style="dim"))
+            continue
+        interrupted = False
+        yield line

@@ -1,0 +1,88 @@
+"""How a verb fails: one line that says what to do, the exit code, and a traceback only where somebody asks for it.
+
+0 is success; 1 a failure; 2 wrong use or wrong input; 130 after Ctrl-C and 143 after SIGTERM.
+"""
+
+import functools
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import ParamSpec
+
+import typer
+from rich.text import Text
+
+from onebase.cli import terminal
+from onebase.errors import OnebaseError
+
+P = ParamSpec("P")
+
+DEBUG_VARIABLE = "ONEBASE_DEBUG"
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+_debug = False
+
+
+def show_tracebacks(wanted: bool) -> None:
+    """Choose whether errors of this command show their tracebacks."""
+    global _debug  # noqa: PLW0603 (the one option that stands before every verb)
+    _debug = wanted
+
+
+def reported(verb: Callable[P, None]) -> Callable[P, None]:
+    """Return a verb whose errors become a line on standard error and an exit code."""
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            verb(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except OnebaseError as error:
+            _explain(error, type(error).__name__, str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as error:
+            _explain(error, "Interrupted", "")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:  # noqa: BLE001 (whatever it is, the user gets a line and an exit code)
+            _explain(error, *_unexpected(error))
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _unexpected(error: Exception) -> tuple[str, str]:
+    """Return the name and the words for an error that is none of ours."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return "CapacityError", f"memory ran out ({lines[0]}). Free some, or choose a smaller model or batch."
+    if isinstance(error, OSError):
+        return name, f"{error}. Check the path and the disk; --debug shows where it happened."
+    hint = f"run the command again with --debug (or {DEBUG_VARIABLE}=1) for the traceback to report."
+    return name, f"{lines[0][:300]} -- this is a bug in onebase: {hint}"
+
+
+def _explain(error: BaseException, name: str, message: str) -> None:
+    if _debug:
+        traceback.print_exception(error)
+    said = Text.assemble((name, "bold red"), f": {message}" if message else "")
+    terminal.stderr().print(said, soft_wrap=True)
+
+
+def leave_on_sigterm() -> None:
+    """Let SIGTERM end the process with its exit code, and everything that was opened be closed on the way."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def debug_from_environment() -> bool:
+    """Return whether ONEBASE_DEBUG asks for tracebacks."""
+    return os.environ.get(DEBUG_VARIABLE, "").lower() not in {"", "0", "false", "no", "off"}

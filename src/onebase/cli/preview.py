@@ -1,0 +1,81 @@
+"""`onebase preview`: rows as the tokens that the model will see, the labelled ones coloured, and what became of all rows."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from onebase.cli import terminal
+from onebase.cli.rows_report import show_rows
+from onebase.cli.token_text import TokenText
+
+if TYPE_CHECKING:
+    from onebase.data.examples import Example, Examples
+
+_MOST_TOKENS = 600
+_LABELLED = ("bold green", "bold cyan")
+_GIVEN = ("", "dim")
+
+
+def preview(
+    config: Annotated[Path, typer.Argument(help="A settings file.")],
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one setting: --set data.max_length=512")
+    ] = None,
+) -> None:
+    """Show rows as tokens with labels, and counts of all rows."""
+    from onebase.base.model import load
+    from onebase.config.reading import read_settings
+    from onebase.train.data import load_data
+
+    settings = read_settings(config, overrides or ())
+    base = load(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    data = load_data(settings.data, settings.task, base)
+    out = terminal.stdout()
+    show_examples(out, data.train.examples, base.tokenizer, rows)
+    show_rows(out, data)
+
+
+def show_examples(out: Console, examples: "Examples", tokenizer: Any, count: int) -> None:
+    """Print the first examples."""
+    for number in range(min(count, len(examples))):
+        example = examples[number]
+        labelled = int(example.labelled.sum())
+        head = f"{example.place}: {terminal.counted(len(example.token_ids), 'token')}, {labelled:,} labelled"
+        out.print(Text(head, style="bold"), soft_wrap=True)
+        out.print(example_text(example, tokenizer, out), soft_wrap=True)
+        if len(example.token_ids) > _MOST_TOKENS:
+            out.print(Text(f"... {len(example.token_ids) - _MOST_TOKENS:,} more tokens", style="dim"))
+        out.print()
+    if count and len(examples):
+        if out.is_terminal:
+            words = Text.assemble(
+                "neighbouring tokens differ in shade; ", ("labelled", _LABELLED[0]), " ", ("tokens", _LABELLED[1])
+            )
+        else:
+            words = Text("tokens are parted by |; [[labelled tokens]] are in brackets")
+        out.print(words)
+        out.print()
+
+
+def example_text(example: "Example", tokenizer: Any, out: Console) -> Text:
+    """Return an example's tokens: by colours on a terminal, and with marks elsewhere."""
+    pieces = TokenText(tokenizer, skip_special=False)
+    made, before = Text(), False
+    for place, (token, labelled) in enumerate(
+        zip(example.token_ids[:_MOST_TOKENS].tolist(), example.labelled[:_MOST_TOKENS].tolist(), strict=True)
+    ):
+        piece = pieces.push(token)
+        if out.is_terminal:
+            made.append(piece, style=(_LABELLED if labelled else _GIVEN)[place % 2])
+            continue
+        edge = "[[" if labelled and not before else "]]" if before and not labelled else "|" if place else ""
+        made.append(edge + piece)
+        before = labelled
+    made.append(pieces.rest())
+    if before and not out.is_terminal:
+        made.append("]]")
+    return made

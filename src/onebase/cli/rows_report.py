@@ -1,0 +1,87 @@
+"""What became of the rows, as `train` and `preview` show it: counts, and everything that was cut, dropped or seen twice."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from onebase.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from onebase.data.examples import Report
+    from onebase.train.data import Prepared, TrainingData
+
+_SHOWN_PLACES = 3
+
+
+def show_rows(out: "Console", data: "TrainingData") -> None:
+    """Print the counts of both parts as a table, and below it what a user should know of them."""
+    parts = {"train": data.train, "valid": data.valid}
+    there = {name: part for name, part in parts.items() if part is not None}
+    counts = [(label, *(count(part) for part in there.values())) for label, count in _COUNTS]
+    out.print(terminal.table(("data", *there), counts))
+    for name, part in there.items():
+        for line in _remarks(part.report):
+            terminal.warn(f"{name}: {line}")
+    if data.valid is not None:
+        for line in _both(data):
+            terminal.warn(line)
+
+
+def _examples_per_row(part: "Prepared") -> str:
+    return f"{part.report.examples:,}"
+
+
+def _lengths(part: "Prepared") -> str:
+    lengths = part.examples.lengths
+    return f"{lengths.mean():.0f} / {lengths.max():,}"
+
+
+def _labelled(part: "Prepared") -> str:
+    return f"{part.report.labelled_tokens:,} ({terminal.percent(part.report.labelled_tokens / part.report.tokens)})"
+
+
+_COUNTS = (
+    ("files", lambda part: ", ".join(part.files)),
+    ("rows", lambda part: f"{part.report.rows:,}"),
+    ("examples", _examples_per_row),
+    ("tokens", lambda part: f"{part.report.tokens:,}"),
+    ("labelled tokens", _labelled),
+    ("tokens an example, mean / most", _lengths),
+    ("truncated rows", lambda part: f"{part.report.truncated:,}"),
+    ("dropped rows", lambda part: f"{part.report.dropped_rows:,}"),
+)
+
+
+def _remarks(report: "Report") -> Iterator[str]:
+    """Yield what a user should know of one part."""
+    if report.truncated:
+        yield f"{terminal.counted(report.truncated, 'row')} truncated to data.max_length"
+    if report.windowed:
+        yield f"{terminal.counted(report.windowed, 'text')} cut into windows of data.max_length"
+    if report.split:
+        yield (
+            f"{terminal.counted(report.split, 'row')} became one example for each assistant turn, because the chat "
+            "template rewrites earlier turns"
+        )
+    for reason, places in report.dropped.items():
+        yield f"{terminal.counted(len(places), 'row')} dropped: {reason} ({_some(places)})"
+    for note, rows in report.notes.items():
+        yield f"{note} ({terminal.counted(rows, 'row')})"
+
+
+def _both(data: "TrainingData") -> Iterator[str]:
+    """Yield that rows stand in train and valid, if any do."""
+    from onebase.data.check import overlap
+
+    assert data.valid is not None
+    twice = overlap(data.train.examples, data.valid.examples)
+    if twice:
+        places = [f"{valid} = {train}" for valid, train in twice]
+        some = terminal.counted(len(twice), "row")
+        yield f"{some} of valid {'is' if len(twice) == 1 else 'are'} in train too, token for token ({_some(places)})"
+
+
+def _some(places: Sequence[str]) -> str:
+    shown = "; ".join(places[:_SHOWN_PLACES])
+    return shown if len(places) <= _SHOWN_PLACES else f"{shown}; ..."

@@ -1,0 +1,110 @@
+"""What a training is about to do, and what came of it, as tables."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onebase.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from onebase.config.settings import Settings
+    from onebase.files.result import Result
+    from onebase.measure.evaluate import Scores
+    from onebase.train.progress import Plan
+
+
+def show_plan(out: "Console", plan: "Plan", settings: "Settings") -> None:
+    """Print what is about to be trained, and what it costs beside full fine-tuning."""
+    out.print(terminal.facts(_facts(plan, settings)))
+    out.print()
+    out.print(_costs(plan, settings.adapter.method.capitalize()))
+    for warning in plan.warnings:
+        terminal.warn(warning)
+    out.print()
+
+
+def _facts(plan: "Plan", settings: "Settings") -> Iterator[tuple[str, str]]:
+    threads = f", {terminal.counted(plan.threads, 'thread')}" if plan.device == "cpu" else ""
+    yield (
+        "base",
+        f"{plan.model}: {terminal.amount(plan.total_parameters)} parameters, {plan.dtype} on {plan.device}{threads}, {plan.layout}",
+    )
+    adapter = settings.adapter
+    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+    yield "adapter", f"{adapter.method}, r {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on {targets}"
+    done = f", {plan.first_step:,} of them done before" if plan.first_step else ""
+    yield (
+        "steps",
+        f"{plan.steps:,} of {terminal.counted(plan.batch_size, 'row')}{done}; micro-batches of at most {plan.micro_batch_tokens:,} tokens",
+    )
+    yield "learning rate", _learning_rate(plan, settings)
+
+
+def _learning_rate(plan: "Plan", settings: "Settings") -> str:
+    adapter, schedule = settings.adapter, settings.train.lr_scheduler_type
+    is_default = plan.learning_rate == adapter.default_learning_rate
+    origin = f"the default for {adapter.method}" if is_default else "train.learning_rate"
+    warm_up = f", after {terminal.counted(plan.warmup_steps, 'step')} of warm-up" if plan.warmup_steps else ""
+    return f"{plan.learning_rate:g} ({origin}), {schedule}{warm_up}"
+
+
+def _costs(plan: "Plan", method: str) -> "Table":
+    """Return the table of what this training needs and what full fine-tuning would."""
+    total = plan.total_parameters
+    share = terminal.percent(plan.trainable_parameters / total)
+    rows = (
+        ("trainable parameters", f"{plan.trainable_parameters:,}", f"{total:,}"),
+        ("share of the base", share, "100 %"),
+        ("gradients", terminal.size(plan.gradient_bytes), terminal.size(plan.full_parameter_bytes)),
+        ("optimiser state", terminal.size(plan.optimizer_bytes), terminal.size(plan.full_optimizer_bytes)),
+        ("file", terminal.size(plan.adapter_bytes), terminal.size(plan.full_parameter_bytes)),
+    )
+    name = {"Lora": "LoRA"}.get(method, method)
+    return terminal.table(("", name, "full fine-tuning"), rows)
+
+
+def show_result(out: "Console", result: "Result", scores: Mapping[int, "Scores"], run: Path) -> None:
+    """Print the loss before and after, what it took, where the adapter is, and what to type next."""
+    out.print()
+    if result.valid_loss is not None and result.valid_loss_before is not None:
+        out.print(_before_and_after(result, scores))
+        out.print()
+    memory = f"{terminal.size(result.peak_rss_bytes)} of memory at most"
+    if result.peak_device_bytes:
+        memory += f", {terminal.size(result.peak_device_bytes)} on the device"
+    kept = f" (of step {result.best_step:,}, the best)" if result.best_step not in (None, result.steps) else ""
+    out.print(
+        terminal.facts(
+            (
+                ("steps", f"{result.steps:,}, mean training loss {terminal.loss(result.train_loss)}"),
+                (
+                    "time",
+                    f"{terminal.duration(result.seconds)}: {result.examples_per_s:.2f} examples/s, "
+                    f"{result.tokens_per_s:,.0f} tokens/s",
+                ),
+                ("memory", memory),
+                ("adapter", f"{run / 'adapter'}, {terminal.size(result.adapter_bytes)}{kept}"),
+            )
+        )
+    )
+    out.print()
+    place = shlex.quote(str(run))
+    out.print(f"measure it:  onebase eval {place} --data FILE", soft_wrap=True)
+    out.print(f"talk to it:  onebase chat {place}", soft_wrap=True)
+
+
+def _before_and_after(result: "Result", scores: Mapping[int, "Scores"]) -> "Table":
+    """Return the table of the validation rows' scores; accuracies of evaluations in an earlier process are not known."""
+    last = result.best_step if result.best_step is not None else result.steps
+    rows = [
+        ("loss", terminal.loss(result.valid_loss_before), terminal.loss(result.valid_loss)),
+        ("perplexity", terminal.perplexity(result.valid_loss_before), terminal.perplexity(result.valid_loss)),
+    ]
+    if 0 in scores and last in scores:
+        before, after = (f"{100 * scores[step].token_accuracy:.2f} %" for step in (0, last))
+        rows.append(("token accuracy", before, after))
+    return terminal.table(("on data.valid", "before", "after"), rows)

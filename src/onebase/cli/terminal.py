@@ -1,0 +1,144 @@
+"""What all verbs print with: results on standard output, messages on standard error, numbers as people read them.
+
+Nothing that comes from outside is taken as markup. Where the output is no terminal there is no colour, and lines are
+as long as they are, so that `grep` and `cut` see one thing a line.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PLAIN_WIDTH = 1000
+
+
+def stdout() -> Console:
+    """Return the console for results."""
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    """Return the console for messages."""
+    return _console(sys.stderr)
+
+
+def _console(file: IO[str]) -> Console:
+    width = None if file.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
+    return Console(file=file, width=width, markup=False, highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """Print a message on standard error."""
+    stderr().print(text, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print what the user should look at on standard error."""
+    stderr().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print one JSON object on standard output; a number that is not finite as null."""
+    sys.stdout.write(json.dumps(_finite(content), ensure_ascii=False, indent=2, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, fold: Sequence[str] = ()) -> Table:
+    """Return a table whose first `left` columns are words and the others numbers.
+
+    A cell is never cut: what does not fit goes on in the next line, in the columns named in `fold` first.
+    """
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for place, name in enumerate(head):
+        made.add_column(
+            name,
+            justify="left" if place < left else "right",
+            overflow="fold",
+            no_wrap=bool(fold) and name not in fold,
+            header_style="bold",
+        )
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return names and what they are, in two columns without lines."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(Text(name), Text(value))
+    return made
+
+
+def counted(number: int, word: str) -> str:
+    """Return "1 row" or "8,000 rows"."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def size(size_bytes: float) -> str:
+    """Return a number of bytes in the unit that suits it, decimal: 19.5 MB."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor * 0.9995:
+            value = size_bytes / factor
+            return (
+                f"{value:.2f} {unit}"
+                if value < 9.995
+                else f"{value:.1f} {unit}"
+                if value < 99.95
+                else f"{value:.0f} {unit}"
+            )
+    return f"{size_bytes:.0f} B"
+
+
+def amount(number: float) -> str:
+    """Return a count of parameters as people say it: 4.88 M."""
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor * 0.9995:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 4.2 s, 3 min 05 s, 1 h 02 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with three digits."""
+    return f"{100 * share:.3g} %"
+
+
+def loss(value: float | None) -> str:
+    """Return a loss, or a dash where there is none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def perplexity(loss_value: float | None) -> str:
+    """Return exp(loss), or a dash where there is none."""
+    if loss_value is None:
+        return "-"
+    value = math.exp(min(loss_value, 700.0))
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"

@@ -1,0 +1,52 @@
+"""`onebase train`: one run from a settings file, watched in the terminal, stopped and resumed in good order."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onebase.cli import terminal
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A settings file.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; it must not exist yet, unless --resume.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one setting: --set adapter.r=32")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; start, if there is none.")
+    ] = False,
+) -> None:
+    """Fine-tune an adapter as a settings file says.
+
+    Ctrl-C and SIGTERM stop after the step at hand and save a checkpoint; the same command with --resume goes on.
+    """
+    from onebase.cli.watching import Watching
+    from onebase.config.reading import read_settings
+    from onebase.train.run import train_run
+    from onebase.train.stop import Stopped
+
+    settings = read_settings(config, overrides or ())
+    watching = Watching(settings, out)
+    try:
+        with watching:
+            result = train_run(settings, out, resume=resume, progress=watching)
+    except Stopped as stopped:
+        way_on = _way_on(config, out, overrides or ())
+        raise Stopped(f"{stopped}\nGo on with: {way_on}", stopped.signal_number) from stopped
+    except KeyboardInterrupt:
+        if watching.last_saved is not None:
+            terminal.say(f"The checkpoint is {watching.last_saved}. Go on: {_way_on(config, out, overrides or ())}")
+        raise
+    watching.show_result(result)
+
+
+def _way_on(config: Path, out: Path, overrides: Sequence[str]) -> str:
+    """Return the command that goes on with the run."""
+    words = ["onebase", "train", str(config), "--out", str(out)]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join([*words, "--resume"])
