@@ -89,7 +89,9 @@ class Bank:
         self._numbers: dict[str, int] = {}
         self._layers: dict[str, AdaptedLayer] = {}
         self._candidates = [
-            Candidate(path, target.kind, target.role) for target in list_targets(base.model) for path in target.paths
+            Candidate(path, target.kind if target.available else _unavailable(target.kind), target.role)
+            for target in list_targets(base.model)
+            for path in target.paths
         ]
         order = {name: place for place, (name, _) in enumerate(base.model.named_modules())}
         self._candidates.sort(key=lambda c: order[c.path])
@@ -204,6 +206,11 @@ class Bank:
             _set_module(self.base.model, path, layer)
             self._layers[path] = layer
         return self._layers[path]
+
+
+def _unavailable(kind: str) -> str:
+    """Return what to call a module that no adapter goes on now: a linear layer too may be read and never called."""
+    return "linear, but never called" if kind == "linear" else kind
 
 
 def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:

@@ -24,8 +24,8 @@ class Candidate:
     """A module that an adapter may be put on: where it is, what it is, and the part of a block that it belongs to."""
 
     path: str
-    kind: str  # "linear", "conv1d", "embedding", ...
-    role: str  # "attention", "mlp", "head", "other"
+    kind: str  # "linear", "transposed-linear", "experts", "embedding", ...
+    role: str  # "attention", "mlp", "head", "router", "embedding", "other"
 
     def layer(self, layers_pattern: str | Sequence[str] | None = None) -> int | None:
         """Return the number of the block it lies in: after a list of blocks of that name, or after any."""
@@ -84,9 +84,15 @@ def choose_targets(
     problems: list[str] = []
     chosen = _named(candidates, target_modules, "adapter.target_modules", problems, model_name)
     if exclude_modules is not None:
-        out = _named(chosen, exclude_modules, "adapter.exclude_modules", problems, model_name)
+        out = set(_named(candidates, exclude_modules, "adapter.exclude_modules", problems, model_name))
         chosen = [c for c in chosen if c not in out]
-    warnings = _partial(candidates, chosen)
+    warnings = []
+    if target_modules in PRESETS and any(c.kind == "linear" for c in chosen):
+        left_out = _ends_and_kinds(chosen)
+        chosen = [c for c in chosen if c.kind == "linear"]
+        if left_out:
+            warnings.append(f"{target_modules} leaves out what is no linear layer: {', '.join(left_out)}")
+    warnings += _partial(candidates, chosen)
     if layers_to_transform is not None:
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
         layers = {c.path: c.layer(layers_pattern) for c in chosen}
@@ -97,8 +103,7 @@ def choose_targets(
                 f"in layers {_spread(layers.values())}."
             )
         chosen = [c for c in chosen if layers[c.path] in wanted]
-    wrong = sorted({f"{c.path.rpartition('.')[2]} ({c.kind})" for c in chosen if c.kind != "linear"})
-    if wrong:
+    if wrong := _ends_and_kinds(chosen):
         problems.append(
             f"adapter.target_modules: LoRA goes on linear layers in this version, got {', '.join(wrong)}. "
             f"List them: onebase targets {model_name}"
@@ -141,9 +146,14 @@ def _named(
 
 
 def _in_preset(candidate: Candidate, preset: str) -> bool:
-    if candidate.kind != "linear" or candidate.role in ("head", "router"):
+    if candidate.role in ("head", "router", "embedding"):
         return False
     return preset == "all-linear" or candidate.role == preset
+
+
+def _ends_and_kinds(chosen: Sequence[Candidate]) -> list[str]:
+    """Return the names of those that are no linear layers, each with what it is."""
+    return sorted({f"{c.path.rpartition('.')[2]} ({c.kind})" for c in chosen if c.kind != "linear"})
 
 
 def _nothing(name: str, candidates: Sequence[Candidate], model_name: str) -> str:
