@@ -3,8 +3,8 @@
 A crash at any moment, kill -9 and a power cut included, leaves the old content or the new one, complete. New content
 goes to a hidden name beside its target, `.NAME.onebase-PID.new`, is synced to the disk with its folder, and is renamed.
 A file replaces a file in one rename. A folder cannot: the old one moves to `.NAME.onebase-PID.old`, the new one takes
-its place, the old one is deleted; `recover` puts it back when a crash fell in between. `recover` and `clean` also delete
-what crashed writes left behind. Whatever `PID` still runs is left alone.
+its place, the old one is deleted; `recover` puts it back when a crash fell in between. `recover` and `clean` also
+delete what crashed writes left behind. Whatever a process that still runs is writing is left alone.
 
 Errors of the file system become errors that name the path, what was being written, what is still there and what to do.
 Everything in this room writes through here. No torch.

@@ -56,7 +56,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file, in order; none if it is missing. A last line cut off by a crash is left out.
+    """Return the records of a metrics file, in order; none if it is missing. A last line that was cut off is left out.
 
     Raises:
         FileFormatError: another line is damaged, or the steps do not ascend.

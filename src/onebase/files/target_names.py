@@ -65,7 +65,8 @@ def name_targets(chosen: Iterable[str], module_names: Iterable[str], wanted: Tar
     assert picked <= everything, f"targets that are no modules: {sorted(picked - everything)}"
     last_names = tuple(sorted({name.rpartition(".")[2] for name in picked}))
     plain = TargetNames(last_names)
-    filtered = replace(wanted, target_modules=last_names)
+    pattern = None if wanted.layers_to_transform is None else wanted.layers_pattern  # PEFT refuses it alone
+    filtered = replace(wanted, target_modules=last_names, layers_pattern=pattern)
     listed = TargetNames("|".join(re.escape(name) for name in sorted(picked)))
     endings = TargetNames(_endings(picked, everything))
     exact = (fields for fields in (plain, filtered, endings) if _is_exact(fields, picked, everything))
