@@ -102,8 +102,6 @@ OURS: dict[str, str] = {
     "gradient_checkpointing": "train.activation_checkpointing",
     "use_gradient_checkpointing": "train.activation_checkpointing",
     "num_threads": "train.threads",
-    "full_determinism": "train.reproducible",
-    "deterministic": "train.reproducible",
 }
 """Another tool's name -> our dotted name, with a note after a semicolon where the meaning differs."""
 
@@ -112,6 +110,7 @@ _QUANTIZE = f"{_NOT_YET}; the base keeps the number format of 'dtype'. Remove it
 _ONLY_ADAMW = f"{_NOT_YET}; the optimiser is AdamW. Remove it."
 _LORA_ONLY = f"{_NOT_YET} for adapters. Remove it."
 _FLAT = "not needed; batches are flat, without padding. Remove it."
+_ALWAYS = "always so; runs repeat bit for bit on one machine. Remove it."
 _ONE_DEVICE = f"{_NOT_YET}; training uses one device. Remove it."
 
 ABSENT: dict[str, str] = {
@@ -139,6 +138,8 @@ ABSENT: dict[str, str] = {
     "lora_plus_lr_ratio": _LORA_ONLY,
     "optim": _ONLY_ADAMW,
     "optimizer": _ONLY_ADAMW,
+    "full_determinism": _ALWAYS,
+    "deterministic": _ALWAYS,
     "packing": _FLAT,
     "sample_packing": _FLAT,
     "pad_to_sequence_len": _FLAT,

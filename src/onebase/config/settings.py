@@ -162,16 +162,15 @@ class TrainSettings(Section):
         default=True, description="Keep the weights with the lowest loss on data.valid instead of the last."
     )
     save_every: int | None = Field(
-        default=None, ge=1, description="Steps from one checkpoint to the next. Default: only when interrupted."
+        default=None,
+        ge=1,
+        description="Steps from one checkpoint to the next. Default: every 5 minutes, and when interrupted.",
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="How many checkpoints stay on disk, the newest.")
     activation_checkpointing: bool = Field(
         default=False, description="Compute activations again in backward: less memory, about a third slower."
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads. Default: torch's choice.")
-    reproducible: bool = Field(
-        default=True, description="Make a row's result independent of the rows beside it, to the bit, on CPU."
-    )
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[Problem]:
