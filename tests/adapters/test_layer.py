@@ -1,0 +1,108 @@
+"""The wrapper adds each row's own update to what the frozen layer says, in whatever shape the rows come."""
+
+import pytest
+import torch
+from torch import nn
+
+from onebase.adapters.layer import AdaptedLayer
+from onebase.adapters.lora import make_target
+from onebase.base.route import Route, RowSpace, Slot
+from onebase.config.methods import Lora
+from onebase.ops.keyed import keep_mask, mix, mix_rows, position_keys
+from onebase.ops.segments import NO_OWNER, Segments
+
+
+def adapted(*owners, path="blocks.0.proj", bias=True, dropout=0.0):
+    linear = nn.Linear(5, 6, bias=bias).requires_grad_(False)
+    layer = AdaptedLayer(linear, path, RowSpace.TOKEN, Slot())
+    targets = {}
+    for owner in owners:
+        settings = Lora(r=2 + owner, init_lora_weights=False, lora_dropout=dropout)
+        targets[owner] = make_target(settings, path, (6, 5), owner, torch.device("cpu"))
+        layer.put(owner, targets[owner])
+    return layer, targets
+
+
+def inputs(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(layer, target, rows):
+    return layer.base_layer(rows) + target.scaling * rows @ target.lora_A.T @ target.lora_B.T
+
+
+def route_of(lengths, owners, **keys):
+    return Route(rows={RowSpace.TOKEN: Segments.of(lengths, owners)}, **keys)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 7, 5), (7, 1, 5)])
+def test_each_row_gets_its_owners_update_in_any_shape(shape):
+    layer, targets = adapted(0, 2, 5)  # numbers with gaps, as after a removal
+    x = inputs(*shape)
+    with layer._slot.use(route_of([2, 1, 3, 1], [5, NO_OWNER, 0, 1])):
+        out = layer(x)
+    rows = x.reshape(7, 5)
+    expected = torch.cat(
+        [by_hand(layer, targets[5], rows[:2]), layer.base_layer(rows[2:3]), by_hand(layer, targets[0], rows[3:6]),
+         layer.base_layer(rows[6:])]
+    ).view(*shape[:-1], 6)  # fmt: skip
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected)
+
+
+def test_without_a_route_it_is_the_frozen_layer():
+    layer, _ = adapted(0)
+    x = inputs(2, 3, 5)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_taking_off_leaves_the_others_and_frees_the_number():
+    layer, targets = adapted(0, 1)
+    x = inputs(4, 5)
+    layer.take_off(0)
+    layer.take_off(7)
+    assert not layer.is_bare
+    with layer._slot.use(route_of([2, 2], [0, 1])):
+        out = layer(x)
+    torch.testing.assert_close(out, torch.cat([layer.base_layer(x[:2]), by_hand(layer, targets[1], x[2:])]))
+    layer.take_off(1)
+    assert layer.is_bare
+    with layer._slot.use(route_of([4], [1])):
+        assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weight_and_bias_are_the_frozen_layers(bias):
+    layer, _ = adapted(0, bias=bias)
+    assert layer.weight is layer.base_layer.weight
+    assert layer.bias is layer.base_layer.bias
+
+
+def test_pairs_are_no_parameters_of_the_model():
+    layer, _ = adapted(0, 1)
+    assert sorted(dict(layer.named_parameters())) == ["base_layer.bias", "base_layer.weight"]
+    assert sorted(layer.state_dict()) == ["base_layer.bias", "base_layer.weight"]
+
+
+def test_dropout_masks_the_updates_input_by_row_key_and_target():
+    layer, targets = adapted(0, dropout=0.5)
+    other, _ = adapted(0, path="blocks.1.proj", dropout=0.5)
+    x, keys = inputs(30, 5), position_keys(mix(1, 2, 3), 0, 30)
+    with layer._slot.use(route_of([30], [0], row_keys={RowSpace.TOKEN: keys})):
+        out = layer(x)
+    kept = keep_mask(mix_rows(keys, layer._key), 5, 0.5)
+    seen = x * kept / 0.5
+    target = targets[0]
+    torch.testing.assert_close(
+        out, layer.base_layer(x) + target.scaling * seen @ target.lora_A.T @ target.lora_B.T, rtol=1e-4, atol=1e-5
+    )
+    assert not torch.equal(kept, keep_mask(mix_rows(keys, other._key), 5, 0.5))
+
+
+def test_the_input_keeps_its_bytes():
+    layer, _ = adapted(0)
+    x = inputs(4, 5)
+    before = x.clone()
+    with layer._slot.use(route_of([4], [0])):
+        layer(x)
+    assert torch.equal(x, before)
