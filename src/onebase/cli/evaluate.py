@@ -124,7 +124,7 @@ def _show(opened: Opened, data: str, own: _Measured | None, base: _Measured) -> 
                 "difference",
                 f"{-better:+.4f}",
                 f"{own.scores.perplexity - base.scores.perplexity:+,.2f}",
-                f"{100 * (own.scores.token_accuracy - base.scores.token_accuracy):+.2f} %",
+                f"{100 * (own.scores.token_accuracy - base.scores.token_accuracy):+.2f} pp",
                 "",
             ),
         ]

@@ -42,7 +42,8 @@ def reported(verb: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
         except OnebaseError as error:
-            _explain(error, type(error).__name__, str(error))
+            stopped = error.exit_code > 128  # it was asked to stop, and did: no error to be named
+            _explain(error, "" if stopped else type(error).__name__, str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as error:
             _explain(error, "Interrupted", "")
@@ -69,7 +70,7 @@ def _unexpected(error: Exception) -> tuple[str, str]:
 def _explain(error: BaseException, name: str, message: str) -> None:
     if _debug:
         traceback.print_exception(error)
-    said = Text.assemble((name, "bold red"), f": {message}" if message else "")
+    said = Text.assemble((name, "bold red"), ": " if name and message else "", message)
     terminal.stderr().print(said, soft_wrap=True)
 
 

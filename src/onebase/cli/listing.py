@@ -1,11 +1,13 @@
 """The verbs that only look: targets, models, runs, schema."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from onebase.cli import terminal
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from onebase.base.targets import Target
     from onebase.files.run_folder import RunSummary
 
+_INDENT = "    "
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -196,12 +199,8 @@ def schema(
         terminal.print_json(settings_json_schema())
         return
     out = terminal.stdout()
-    if out.width < 120:
-        for row in describe_settings():
-            out.print(f"{row.name}  ({row.default})", style="bold", soft_wrap=True)
-            out.print(f"    {row.help}")
-        return
-    rows = [(row.name, row.type, row.default, row.help) for row in describe_settings()]
-    out.print(
-        terminal.table(("setting", "takes", "default", "what it does"), rows, left=4, fold=("takes", "what it does"))
-    )
+    for row in describe_settings():
+        default = row.default if row.default in ("required", "none") else f"default {row.default}"
+        out.print(Text.assemble((row.name, "bold"), f"  {row.type}; {default}"), soft_wrap=True)
+        help_text = textwrap.fill(row.help, out.width, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        out.print(help_text, soft_wrap=True)

@@ -20,12 +20,10 @@ def show_rows(out: "Console", data: "TrainingData") -> None:
     there = {name: part for name, part in parts.items() if part is not None}
     counts = [(label, *(count(part) for part in there.values())) for label, count in _COUNTS]
     out.print(terminal.table(("data", *there), counts))
-    for name, part in there.items():
-        for line in _remarks(part.report):
-            terminal.warn(f"{name}: {line}")
-    if data.valid is not None:
-        for line in _both(data):
-            terminal.warn(line)
+    remarks = [f"{name}: {line}" for name, part in there.items() for line in _remarks(part.report)]
+    remarks += [] if data.valid is None else _both(data)
+    for remark in remarks:
+        out.print(terminal.warning(remark), soft_wrap=True)
 
 
 def _examples_per_row(part: "Prepared") -> str:

@@ -23,7 +23,7 @@ def show_plan(out: "Console", plan: "Plan", settings: "Settings") -> None:
     out.print()
     out.print(_costs(plan, settings.adapter.method.capitalize()))
     for warning in plan.warnings:
-        terminal.warn(warning)
+        out.print(terminal.warning(warning), soft_wrap=True)
     out.print()
 
 

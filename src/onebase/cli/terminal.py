@@ -41,7 +41,12 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print what the user should look at on standard error."""
-    stderr().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+    stderr().print(warning(text), soft_wrap=True)
+
+
+def warning(text: str) -> Text:
+    """Return what the user should look at as a line, for results that hold it."""
+    return Text.assemble(("warning: ", "yellow"), text)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -124,6 +129,13 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def clock(seconds: float) -> str:
+    """Return a time as a clock shows it, for narrow lines: 0:07, 3:05, 1:02:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def percent(share: float) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _LINES = 10
 _LINE_SECONDS = 30.0
 _WINDOW_STEPS = 20
+_SHORTEST_BAR, _LONGEST_BAR = 8, 60
 
 
 class Watching:
@@ -137,9 +138,9 @@ class Watching:
         return [
             f"loss {loss:.4f}",
             f"lr {last.learning_rate:.2e}",
-            f"{sum(record.tokens for record in records) / seconds:,.0f} tokens/s",
+            f"{sum(record.tokens for record in records) / seconds:,.0f} tok/s",
             terminal.size(self._memory_bytes()),
-            f"{terminal.duration(self._seconds_left())} left",
+            f"{terminal.clock(self._seconds_left())} left",
         ]
 
     def _seconds_left(self) -> float:
@@ -154,10 +155,12 @@ class Watching:
         return memory.peak_device_bytes(self._known_plan().device) or memory.peak_rss_bytes()
 
     def _moving_line(self, record: "StepRecord") -> Table:
-        line = Table.grid(expand=True, padding=(0, 1))
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1, min_width=4)
-        line.add_column(no_wrap=True, justify="right")
-        bar = ProgressBar(total=self._known_plan().steps, completed=record.step)
-        line.add_row(Text(self._place(record.step)), bar, Text("  ".join(self._numbers(self._recent))))
+        place, numbers = Text(self._place(record.step)), Text("  ".join(self._numbers(self._recent)))
+        room = self._console.width - len(place) - len(numbers) - 4
+        line = Table.grid(padding=(0, 2, 0, 0))
+        if room < _SHORTEST_BAR:
+            line.add_row(place, numbers)
+        else:
+            bar = ProgressBar(total=self._known_plan().steps, completed=record.step, width=min(room, _LONGEST_BAR))
+            line.add_row(place, bar, numbers)
         return line
