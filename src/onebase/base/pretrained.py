@@ -241,9 +241,26 @@ def open_pretrained(
         _check_loaded(place, model, loading, say)
         if not prequantised:
             model = model.to(device)
-        has_tokenizer = any((place.folder / name).is_file() for name in _TOKENIZER_FILES)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place.folder, **arguments) if has_tokenizer else None
+        tokenizer = _tokenizer(place, arguments)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def open_tokenizer(place: ModelPlace, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
+    """Return (tokenizer, the most tokens that the model takes), without opening its weights; see `open_pretrained`."""
+    check_model_folder(place.folder, place.name)
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
+    with silence(), _explained_open_errors(place):
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(place.folder, **arguments)
+        return _tokenizer(place, arguments), getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _tokenizer(place: ModelPlace, arguments: dict[str, Any]) -> Any:
+    import transformers
+
+    has_one = any((place.folder / name).is_file() for name in _TOKENIZER_FILES)
+    return transformers.AutoTokenizer.from_pretrained(place.folder, **arguments) if has_one else None
 
 
 def _model_class(config: Any) -> Any:

@@ -1,5 +1,6 @@
 """`onebase preview`: rows as the tokens that the model will see, the labelled ones coloured, and what became of all rows."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,16 +28,26 @@ def preview(
     ] = None,
 ) -> None:
     """Show rows as tokens with labels, and counts of all rows."""
-    from onebase.base.model import load
+    from onebase.base.pretrained import locate, open_tokenizer
     from onebase.config.reading import read_settings
     from onebase.train.data import load_data
 
     settings = read_settings(config, overrides or ())
-    base = load(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    data = load_data(settings.data, settings.task, base)
+    place = locate(settings.model, revision=settings.revision)
+    tokenizer, max_length = open_tokenizer(place, trust_remote_code=settings.trust_remote_code)
+    data = load_data(settings.data, settings.task, _Reader(settings.model, tokenizer, max_length))
     out = terminal.stdout()
-    show_examples(out, data.train.examples, base.tokenizer, rows)
+    show_examples(out, data.train.examples, tokenizer, rows)
     show_rows(out, data)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A base without its weights: what reading rows needs of it."""
+
+    name: str
+    tokenizer: Any
+    max_length: int | None
 
 
 def show_examples(out: Console, examples: "Examples", tokenizer: Any, count: int) -> None:

@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from onebase.base.model import Base
 from onebase.config.settings import DEFAULT_MAX_LENGTH, DataPart, DataSettings
 from onebase.data.examples import Examples, Report, build_examples
 from onebase.data.reading import read_rows
 from onebase.data.rows import Row, split_by_hash
 from onebase.errors import ConfigError
+
+
+class Reader(Protocol):
+    """What rows are read for: a base, or its tokenizer alone where nothing is computed."""
+
+    @property
+    def name(self) -> str:
+        """What the user called the model."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or None."""
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that it takes, where it says."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class TrainingData:
     valid: Prepared | None
 
 
-def load_data(settings: DataSettings, task: str, base: Base) -> TrainingData:
+def load_data(settings: DataSettings, task: str, base: Reader) -> TrainingData:
     """Return the training and validation examples that the settings name, all rows checked.
 
     Raises:
@@ -52,7 +67,7 @@ def load_data(settings: DataSettings, task: str, base: Base) -> TrainingData:
     return TrainingData(prepare(rows, settings, task, base, names), valid)
 
 
-def load_rows(source: Any, settings: DataSettings, task: str, base: Base) -> Prepared:
+def load_rows(source: Any, settings: DataSettings, task: str, base: Reader) -> Prepared:
     """Return the examples of another source (a path, rows) under a run's data settings.
 
     Raises:
@@ -62,7 +77,7 @@ def load_rows(source: Any, settings: DataSettings, task: str, base: Base) -> Pre
     return prepare(read_rows(source, columns=settings.columns), settings, task, base, names)
 
 
-def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Base, files: tuple[str, ...]) -> Prepared:
+def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Reader, files: tuple[str, ...]) -> Prepared:
     """Return rows as examples under the data settings."""
     if base.tokenizer is None:
         raise ConfigError(f"{base.name} has no tokenizer, so task {task!r} cannot read its rows. Choose another model.")
@@ -79,7 +94,7 @@ def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Base, 
     return Prepared(examples, report, files)
 
 
-def max_length_of(settings: DataSettings, base: Base) -> int:
+def max_length_of(settings: DataSettings, base: Reader) -> int:
     """Return the most tokens of an example: as set, or the model's limit, at most DEFAULT_MAX_LENGTH.
 
     Raises:
