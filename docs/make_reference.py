@@ -1,0 +1,135 @@
+"""Writes what the docs take from the code: the tables of settings.md and the commands of cli.md.
+
+Run it after a setting or an option has changed: python docs/make_reference.py. It replaces what stands between the
+marks <!-- NAME begins --> and <!-- NAME ends -->; tests/test_reference.py fails where that is not what the code says.
+"""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import typer
+
+from onebase.cli.app import app
+from onebase.config.foreign import ABSENT, OURS
+from onebase.config.writing import describe_settings
+
+DOCS = Path(__file__).parent
+_KINDS = {Path: "a path", str: "text", float: "a number", int: "a whole number"}
+_SECTIONS = {
+    "": "The model",
+    "data": "data: the rows",
+    "adapter": "adapter: what is learned",
+    "train": "train: how it is learned",
+    "eval": "eval: how it is measured",
+}
+
+
+def settings_tables() -> str:
+    """Return a table of settings for each section of the file."""
+    rows = describe_settings()
+    parts = []
+    for section, title in _SECTIONS.items():
+        own = [row for row in rows if row.name.rpartition(".")[0] == section]
+        cells = ((f"`{row.name}`", row.type, row.default, row.help) for row in own)
+        parts.append(f"## {title}\n\n{_table(('setting', 'takes', 'default', 'what it does'), cells)}")
+    return "\n\n".join(parts)
+
+
+def foreign_tables() -> str:
+    """Return a table of other tools' names, and one of what has no setting."""
+    known = []
+    for name, ours in OURS.items():
+        setting, _, note = ours.partition("; ")
+        known.append((f"`{name}`", f"`{setting}`" + (f": {note}" if note else "")))
+    absent = ((f"`{name}`", why) for name, why in ABSENT.items())
+    return f"{_table(('elsewhere', 'here'), known)}\n\n{_table(('elsewhere', 'here'), absent)}"
+
+
+def commands() -> str:
+    """Return each command with its help, its arguments and options, and its examples."""
+    return "\n\n".join(_command(words, command) for words, command in _walk((), typer.main.get_command(app)))
+
+
+def _walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (words, command) of every verb, groups before what is in them."""
+    if words:
+        yield words, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _walk((*words, name), inner)
+
+
+def _command(words: tuple[str, ...], command: Any) -> str:
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    shown = " ".join(("onebase", *words, *(_placeholder(argument) for argument in arguments)))
+    parts = [f"## {' '.join(words)}", f"`{shown}`", "\n\n".join(_paragraphs(command.help or ""))]
+    rows = [(f"`{_placeholder(p)}`", "", _default(p), p.help or "") for p in arguments]
+    types = get_type_hints(inspect.unwrap(command.callback)) if command.callback else {}
+    rows += [(f"`{p.opts[0]}`", _takes(p, types), _default(p), p.help or "") for p in options if p.name != "help"]
+    if rows:
+        parts.append(_table(("", "takes", "default", ""), rows))
+    examples = [line.strip() for line in (command.epilog or "").splitlines() if line.strip().startswith("onebase ")]
+    if examples:
+        parts.append("```sh\n" + "\n".join(examples) + "\n```")
+    return "\n\n".join(parts)
+
+
+def _placeholder(argument: Any) -> str:
+    given = argument.metavar or str(argument.name).upper()
+    return str(given)
+
+
+def _takes(option: Any, types: dict[str, Any]) -> str:
+    if option.metavar or option.is_flag:
+        return str(option.metavar or "")
+    kinds = get_args(types[option.name]) or (types[option.name],)
+    return next(words for kind, words in _KINDS.items() if kind in kinds)
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    if parameter.default is None or getattr(parameter, "is_flag", False):
+        return ""
+    return str(parameter.default)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    written = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([written[0], "|" + "---|" * len(lines[0]), *written[1:]])
+
+
+PARTS = {
+    "settings.md": {"settings": settings_tables, "other tools' names": foreign_tables},
+    "cli.md": {"commands": commands},
+}
+
+
+def page(name: str) -> str:
+    """Return a page with its generated parts as the code says now."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    for part, make in PARTS[name].items():
+        begin, end = f"<!-- {part} begins -->", f"<!-- {part} ends -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        assert found and closed, f"docs/{name} needs the marks {begin} and {end}"
+        text = f"{before}{begin}\n\n{make()}\n\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Write the pages."""
+    for name in PARTS:
+        (DOCS / name).write_text(page(name), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
