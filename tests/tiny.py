@@ -17,10 +17,12 @@ from onebase.ops.layout import Layout, Node
 
 VOCABULARY = 61
 WINDOW = 8
+# Widths are multiples of 32 times the threads: torch's SiLU and tanh-GELU round the rest of a vector differently, so
+# that where a row ends in memory would show in its bits.
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
@@ -55,8 +57,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _GROUPED),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _SIZES),
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SIZES),
-    "opt": ("OPTForCausalLM", "OPTConfig", _SIZES | {"ffn_dim": 48, "dropout": 0.3}),
-    "opt-projected": ("OPTForCausalLM", "OPTConfig", _SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
+    "opt": ("OPTForCausalLM", "OPTConfig", _SIZES | {"ffn_dim": 64, "dropout": 0.3}),
+    "opt-projected": ("OPTForCausalLM", "OPTConfig", _SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 16}),
     "mixtral": (
         "MixtralForCausalLM",
         "MixtralConfig",
@@ -86,7 +88,7 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert": (
         "DistilBertModel",
         "DistilBertConfig",
-        {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+        {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
     ),
     "modernbert": (
         "ModernBertModel",
