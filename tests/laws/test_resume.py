@@ -24,12 +24,12 @@ EVERYTHING: dict[str, Any] = {
     "adapter": {"lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     "train": {
         "epochs": 5,
-        "learning_rate": 0.02,
+        "learning_rate": 0.05,
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,
         "weight_decay": 0.01,
         "eval_every": 1,
-        "early_stopping_patience": 5,
+        "early_stopping_patience": 3,
         "keep_best": True,
         "micro_batch_tokens": 70,
         "activation_checkpointing": True,
@@ -44,7 +44,7 @@ def shop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
     with runs.own_home(folder / "home"):
         made = runs.workshop(folder)
-        # Validation rows of another kind: the format is learned first, then they get worse, so that patience ends the run.
+        # Rows of another kind: their format is learned first, then they get worse, so that patience ends the run.
         other = [
             {"prompt": f"Define the noun {word}.", "completion": "Zebra!"} for word in ("dog", "cat", "away", "sat")
         ]
@@ -73,7 +73,7 @@ def _repeatable(result: Result | None) -> dict:
 def test_the_run_of_this_law_stops_early_and_keeps_weights_that_are_not_its_last(uninterrupted):
     result = read_result(uninterrupted)
     assert result is not None and result.best_step is not None
-    assert 1 < result.best_step < result.steps - 1 < 14  # else patience and keep-best would have no part in the law
+    assert 1 < result.best_step < result.steps < 15  # else patience and keep-best would have no part in the law
     assert [record["step"] for record in metrics(uninterrupted)] == list(range(1, result.steps + 1))
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from onebase.config.reading import settings_from
 from onebase.config.settings import Settings
@@ -21,10 +23,21 @@ from onebase.measure.evaluate import Scores
 from onebase.train.progress import Plan, StepRecord
 from onebase.train.run import train_run
 from onebase.train.stop import StopRequest
-from tests import tiny
 from tests.data.tiny import byte_tokenizer
 
 WORDS = ["dog", "cat", "noun", "animal", "thing", "house", "mat", "barks", "ran", "sat", "think", "away", "ground"]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CLOCKS = {"seconds"}  # what a clock says is no part of what a run must repeat
 
 
@@ -39,8 +52,9 @@ def own_home(folder: Path) -> Iterator[None]:
 def model_folder(folder: Path, *, seed: int = 0, poison: str | None = None, **config: Any) -> Path:
     """Write a tiny Llama with its tokenizer; the token that `poison` is, if given, has NaN for its embedding."""
     tokenizer = byte_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "num_hidden_layers": 2} | config
-    model = tiny.model_of("llama", seed=seed, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **SIZES | config))
     if poison is not None:
         [token] = tokenizer(poison, add_special_tokens=False)["input_ids"]
         model.model.embed_tokens.weight.data[token] = float("nan")

@@ -22,13 +22,17 @@ from onebase.train.step import forward_loss
 
 AUTO_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 _PROBE_TOKENS = 64
+_RECOMPUTE = "train.activation_checkpointing: true"
 _RESERVE = 1.2  # allocator slack, and what the backward needs besides: measured 1.05 to 1.15
 
 
-def fit_budget(bank: Bank, name: str, examples: Examples, batch_size: int, wanted: int | str) -> int:
+def fit_budget(
+    bank: Bank, name: str, examples: Examples, batch_size: int, wanted: int | str, *, recompute: bool = False
+) -> int:
     """Return the tokens of a micro-batch: `wanted`, or as many as the device is fast at and memory holds for "auto".
 
     The largest micro-batch there can be is run forward and backward before this returns; gradients are cleared.
+    `recompute` says that activations will be checkpointed.
 
     Raises:
         CapacityError: it does not fit; the message says what would.
@@ -38,27 +42,28 @@ def fit_budget(bank: Bank, name: str, examples: Examples, batch_size: int, wante
     lengths = examples.lengths
     longest = int(lengths.max())
     if bank.base.device.type == "cpu":
-        per_token = _RESERVE * _kept_bytes_per_token(bank, name, examples)
+        per_token = _RESERVE * kept_bytes_per_token(bank, name, examples, recompute=recompute)
         fits = int(memory.available_bytes() / per_token)
         needed = max(min(budget, int(np.sort(lengths)[-batch_size:].sum())), longest)
         if needed > fits and (not automatic or longest > fits):
-            raise CapacityError(_too_little(needed, longest, fits, per_token))
+            raise CapacityError(_too_little(needed, longest, fits, per_token, recompute))
         budget = min(budget, fits)
     while True:
         try:
-            _try_largest(bank, name, examples, batch_size, budget)
+            with bank.base.activation_checkpointing(recompute):
+                _try_largest(bank, name, examples, batch_size, budget)
             return budget
         except torch.OutOfMemoryError as error:
             bank.base.model.zero_grad(set_to_none=True)
             if not automatic or budget <= longest:
                 raise CapacityError(
                     f"a micro-batch of {max(budget, longest)} tokens does not fit the memory of {bank.base.device}. Set "
-                    "train.activation_checkpointing: true, a smaller data.max_length, or dtype: bfloat16."
+                    f"{'' if recompute else _RECOMPUTE + ', '}a smaller data.max_length, or dtype: bfloat16."
                 ) from error
             budget = max(budget // 2, 1)
 
 
-def _too_little(needed: int, longest: int, fits: int, per_token: float) -> str:
+def _too_little(needed: int, longest: int, fits: int, per_token: float, recompute: bool) -> str:
     advice = (
         f"train.micro_batch_tokens: {fits}"
         if longest <= fits
@@ -68,13 +73,26 @@ def _too_little(needed: int, longest: int, fits: int, per_token: float) -> str:
     )
     return (
         f"a micro-batch of {needed} tokens needs about {needed * per_token / 1e9:.1f} GB beside the base; "
-        f"{fits * per_token / 1e9:.1f} GB are free, enough for {fits} tokens. Set {advice}, or "
-        "train.activation_checkpointing: true, or end other programs."
+        f"{fits * per_token / 1e9:.1f} GB are free, enough for {fits} tokens. Set {advice}"
+        f"{'' if recompute else f', or {_RECOMPUTE}'}, or end other programs."
     )
 
 
-def _kept_bytes_per_token(bank: Bank, name: str, examples: Examples) -> float:
-    """Return the bytes that a forward keeps for its backward, a token, counted on a few short examples."""
+def kept_bytes_per_token(bank: Bank, name: str, examples: Examples, *, recompute: bool = False) -> float:
+    """Return the bytes that a forward keeps for its backward, a token, counted on a few short examples.
+
+    With `recompute` that is what the blocks' inputs and the head keep, and the activations of one block at a time.
+    """
+    whole = _counted_bytes_per_token(bank, name, examples)
+    if not recompute:
+        return whole
+    with bank.base.activation_checkpointing():
+        outside = _counted_bytes_per_token(bank, name, examples)
+    blocks = getattr(bank.base.model.config.get_text_config(), "num_hidden_layers", 1)
+    return outside + (whole - outside) / blocks
+
+
+def _counted_bytes_per_token(bank: Bank, name: str, examples: Examples) -> float:
     order = np.argsort(examples.lengths, kind="stable").tolist()
     cut = cut_by_tokens(examples.lengths[order].tolist(), _PROBE_TOKENS)[0]
     seen: dict[int, int] = {}

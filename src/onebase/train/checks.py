@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from onebase.adapters.bank import Adapter
@@ -54,11 +56,26 @@ def check_grad_norm(norm: float, step: int) -> None:
     Raises:
         TrainingError: step and what to do.
     """
-    if not torch.isfinite(torch.tensor(norm)):
+    if not math.isfinite(norm):
         raise TrainingError(
             f"step {step}: the loss is finite but the norm of its gradients is {norm}. Lower train.learning_rate, or "
             "set dtype: float32."
         )
+
+
+def check_validation(loss: float, step: int) -> None:
+    """Raise if the loss on the validation rows is not finite; `step` is the number of steps done.
+
+    Raises:
+        TrainingError: when, and what to do.
+    """
+    if math.isfinite(loss):
+        return
+    if step == 0:
+        what = "the base alone: look at these rows (onebase preview), or set dtype: float32."
+    else:
+        what = f"what was learned in {step} steps: lower train.learning_rate, or set dtype: float32."
+    raise TrainingError(f"the loss on data.valid is not finite ({loss}) with {what}")
 
 
 def check_moved(adapter: Adapter, before: dict[str, torch.Tensor]) -> None:
@@ -69,5 +86,8 @@ def check_moved(adapter: Adapter, before: dict[str, torch.Tensor]) -> None:
     """
     still = [name for name, parameter in adapter.parameters() if torch.equal(parameter, before[name])]
     if still:
-        problems = [f"{name}: has not changed in three steps; its gradient is zero." for name in still]
+        problems = [
+            f"{name}: has not changed in three steps; its gradient is zero, or train.learning_rate too small."
+            for name in still
+        ]
         raise TrainingError(list_problems(f"adapter {adapter.name!r}", problems, shown=_SHOWN))

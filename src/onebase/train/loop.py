@@ -13,6 +13,7 @@ from onebase.data.examples import Examples
 from onebase.errors import TrainingError
 from onebase.files.run_folder import RunFolder
 from onebase.measure.evaluate import evaluate
+from onebase.train import checks
 from onebase.train.member import Member
 from onebase.train.progress import Progress
 from onebase.train.stop import Stopped, StopRequest
@@ -43,34 +44,49 @@ class Loop:
 
         Raises:
             Stopped: asked to stop; a checkpoint holds what was learned.
-            TrainingError: a step failed; a checkpoint holds the steps before it.
+            TrainingError: a step failed, and a checkpoint holds the steps before it; or what was learned is no good.
         """
-        member, books = self.member, self.member.books
+        books = self.member.books
         if books.step == 0 and books.valid_loss_before is None:
             books.valid_loss_before = self._evaluate()
-        while not member.finished and not self._out_of_patience():
+        while not self._is_over():
             if stop.signal_number is not None:
                 self._stop(stop.signal_number)
-            try:
-                record = member.run_step()
-            except TrainingError as error:
-                raise TrainingError(f"{error}{self._save_after_failure()}") from error
-            values = {k: v for k, v in vars(record).items() if k != "step"}
-            evaluated = self._is_due(member.settings.eval_every) or member.finished
-            if evaluated and self.valid is not None:
-                values["valid_loss"] = loss = self._evaluate()
-                assert loss is not None
-                member.note_validation(loss)
-            if self.folder is not None:
-                self.folder.append_metrics(record.step, values)
-            self.progress.stepped(record)
-            if self._checkpoint_is_due():
-                self.save()
+            self._do_step()
+
+    def _is_over(self) -> bool:
+        """Return whether nothing is left to do; between two steps is the place to notice what does not move."""
+        self.member.check_moved()
+        return self.member.finished or self._out_of_patience()
+
+    def _do_step(self) -> None:
+        """Do one step and all that is due after it."""
+        member = self.member
+        try:
+            record = member.run_step()
+        except TrainingError as error:
+            raise TrainingError(f"{error}{self._save_after_failure()}") from error
+        values = {k: v for k, v in vars(record).items() if k != "step"}
+        if (self._is_due(member.settings.eval_every) or member.finished) and self.valid is not None:
+            values["valid_loss"] = loss = self._evaluate()
+            assert loss is not None
+            member.note_validation(loss)
+        if self.folder is not None:
+            self.folder.append_metrics(record.step, values)
+        self.progress.stepped(record)
+        if self._checkpoint_is_due():
+            self.save()
 
     def _evaluate(self) -> float | None:
+        """Return the loss on the validation rows.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
         if self.valid is None:
             return None
         scores = evaluate(self.member.bank, self.member.adapter.name, self.valid, batch_tokens=self.evaluation_tokens)
+        checks.check_validation(scores.loss, self.member.books.step)
         self.progress.evaluated(self.member.books.step, scores)
         return scores.loss
 

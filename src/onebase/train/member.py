@@ -106,8 +106,6 @@ class Member:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        if step + 1 == _MOVED_BY:
-            checks.check_moved(self.adapter, self._initial)
         record = StepRecord(
             step=step + 1,
             loss=loss_sum / labels,
@@ -120,6 +118,15 @@ class Member:
         )
         self._enter(record, loss_sum)
         return record
+
+    def check_moved(self) -> None:
+        """Raise if, after the third step, a tensor is still what it was before the first.
+
+        Raises:
+            TrainingError: the tensors that did not move.
+        """
+        if self.books.step == _MOVED_BY:
+            checks.check_moved(self.adapter, self._initial)
 
     def _clip(self) -> float:
         """Clip the gradients to max_grad_norm and return their norm before."""

@@ -20,7 +20,7 @@ from onebase.config.reading import read_settings
 from onebase.config.settings import Settings, TrainSettings
 from onebase.config.writing import diff_settings, dump_settings
 from onebase.data.examples import Examples
-from onebase.errors import ResumeError, list_problems
+from onebase.errors import FileFormatError, ResumeError, TrainingError, list_problems
 from onebase.files.atomic import ensure_writable
 from onebase.files.checkpoint import Checkpoint
 from onebase.files.peft_format import read_adapter
@@ -86,10 +86,17 @@ def train_run(
         member = start(job, folder, checkpoint, progress)
         folder.rewind(member.books.step if checkpoint else None)
         folder.write_config(dump_settings(settings))
-        train_member(job, member, folder, progress, stop or StopRequest())
+        try:
+            train_member(job, member, folder, progress, stop or StopRequest())
+        except TrainingError:
+            if (
+                member.books.step == 0 and not folder.checkpoints
+            ):  # nothing to keep: the folder is free for a second try
+                folder.config_path.unlink()
+            raise
         adapter_bytes = save_run_adapter(folder.adapter_path, member, settings, data)
         result = result_of(job, member, adapter_bytes=adapter_bytes)
-        folder.finish(result)
+        folder.finish(result, keep=settings.train.keep_checkpoints)
         progress.saved(folder.adapter_path)
     return result
 
@@ -109,8 +116,16 @@ class Job:
 
 def add_adapter(bank: Bank, settings: Settings) -> Adapter:
     """Put the adapter that the settings describe on the bank, with the weights of `adapter.init_from` if that is set."""
-    source = settings.adapter.init_from
-    tensors = None if source is None else read_adapter(source).tensors
+    source, tensors = settings.adapter.init_from, None
+    if source is not None:
+        stored = read_adapter(source)
+        if stored.record is not None and stored.record.base_fingerprint not in (None, bank.base.fingerprint):
+            raise FileFormatError(
+                f"adapter.init_from: {source} was trained on {stored.record.base} with weights "
+                f"{stored.record.base_fingerprint[:12]}, but {bank.base.name} has weights {bank.base.fingerprint[:12]}. "
+                "Set model to its own base, or start without it."
+            )
+        tensors = stored.tensors
     return bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
 
 
@@ -118,8 +133,9 @@ def start(job: Job, folder: RunFolder | None, checkpoint: Checkpoint | None, pro
     """Return the member, restored from the checkpoint if there is one, with memory and disk tried; announce the plan."""
     identity = identity_of(job)
     if checkpoint is None:
-        name, size = job.adapter.name, job.settings.batch_size
-        budget = fit_budget(job.bank, name, job.train, size, job.settings.micro_batch_tokens)
+        name, size, wanted = job.adapter.name, job.settings.batch_size, job.settings.micro_batch_tokens
+        recompute = job.settings.activation_checkpointing
+        budget = fit_budget(job.bank, name, job.train, size, wanted, recompute=recompute)
     else:
         budget = int(checkpoint.state["micro_batch_tokens"])
         _check_identity(checkpoint, identity, progress)

@@ -29,6 +29,7 @@ def forward_loss(
     rows = take_rows(hidden, batch.label_rows)
     head = bank.head
     assert head is not None, "a language model has a head"
-    weights = torch.full(batch.label_ids.shape, label_weight, dtype=torch.float32, device=device)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weights = torch.full(batch.label_ids.shape, label_weight, dtype=dtype, device=device)
     segments, keys = route.rows[RowSpace.LABEL], route.row_keys.get(RowSpace.LABEL)
     return head_loss(rows, batch.label_ids.to(device), weights, head, segments, keys)
