@@ -66,7 +66,7 @@ def cut_by_tokens(lengths: Sequence[int], budget_tokens: int) -> list[slice]:
             cuts.append(slice(start, place))
             start, tokens = place, 0
         tokens += length
-    return [*cuts, slice(start, len(lengths))]
+    return [*cuts, slice(start, len(lengths))] if lengths else []
 
 
 def micro_batches(

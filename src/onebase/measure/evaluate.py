@@ -12,6 +12,7 @@ from onebase.adapters.bank import Bank
 from onebase.base.route import RowSpace
 from onebase.data.batches import micro_batches
 from onebase.data.examples import Examples
+from onebase.errors import DataError
 from onebase.ops.loss import head_loss
 from onebase.ops.rows import take_rows
 
@@ -47,7 +48,12 @@ def evaluate(
 
     Sums are kept in fp64, so the result does not depend on how the examples were batched beyond fp32 rounding of a
     token's own loss. `on_progress(done, all)` is called after each batch with numbers of examples.
+
+    Raises:
+        DataError: no token of the examples is labelled.
     """
+    if not examples.label_count:
+        raise DataError(f"{len(examples)} examples without a labelled token: there is nothing to evaluate.")
     head = bank.head
     assert head is not None, "a language model has a head"
     loss_sum, correct, labels, done = 0.0, 0, 0, 0

@@ -101,7 +101,8 @@ def head_loss(
         correct=torch.empty(labels.shape[0], dtype=torch.bool, device=hidden.device),
     )
     job = _Job(labels, weights, head, segments, row_keys, label_smoothing, rows)
-    total: Tensor = _HeadLoss.apply(hidden, job, *head.trainable())  # type: ignore[no-untyped-call]
+    trainable = head.trainable() if torch.is_grad_enabled() else ()
+    total: Tensor = _HeadLoss.apply(hidden, job, *trainable)  # type: ignore[no-untyped-call]
     return total, rows
 
 
