@@ -18,7 +18,7 @@ from onebase.config.settings import Settings
 from onebase.files.checkpoint import list_checkpoints
 from onebase.files.metrics import read_metrics
 from onebase.files.peft_format import TENSORS_NAME
-from onebase.files.result import Result
+from onebase.files.result import Result, read_result
 from onebase.measure.evaluate import Scores
 from onebase.train.progress import Plan, StepRecord
 from onebase.train.run import train_run
@@ -38,6 +38,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+FEW = {"target_modules": ["q_proj", "v_proj"]}
 CLOCKS = {"seconds"}  # what a clock says is no part of what a run must repeat
 
 
@@ -162,3 +163,10 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def checkpoint_names(out: Path) -> list[str]:
     return [path.name for path in list_checkpoints(out / "checkpoints")]
+
+
+def result_of(out: Path) -> Any:
+    """Return the result of a finished run."""
+    result = read_result(out)
+    assert result is not None, f"{out} has no result"
+    return result

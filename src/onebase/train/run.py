@@ -257,8 +257,8 @@ def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], progres
     changed = [words for key, words in _SAME.items() if before[key] != identity[key]]
     if changed:
         raise ResumeError(
-            f"{checkpoint.path}: {' and '.join(changed)} are not those the run was started with. Restore them, or start "
-            "a new run with another --out."
+            f"{checkpoint.path}: these have changed since the run was started: {', '.join(changed)}. Restore them, or "
+            "start a new run with another --out."
         )
     differ = [f"{key} was {before[key]}, is {identity[key]}" for key in identity if before[key] != identity[key]]
     if differ:
