@@ -1,6 +1,7 @@
 """Which modules a setting names is what PEFT chooses; where PEFT is silent, this raises."""
 
 import re
+from typing import Any
 
 import peft
 import pytest
@@ -109,7 +110,7 @@ def test_layers_choose_something_and_pefts():
 ALL = sorted(set(tiny.ARCHITECTURES) - {"gpt2"}) + sorted(tiny.ENCODERS)
 
 
-def peft_targets(model, **settings):
+def peft_targets(model, **settings) -> dict[str, Any]:
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     return {
         name.removeprefix("base_model.model."): module
@@ -124,7 +125,7 @@ def test_all_linear_is_pefts_all_linear(name):
     assert list(adapter.targets) == list(peft_targets(tiny.model_of(name), target_modules="all-linear"))
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "names": {"target_modules": ["q_proj", "down_proj"]},
     "suffix": {"target_modules": ["self_attn.v_proj"]},
     "expression": {"target_modules": r".*\.1\..*(q|k)_proj"},
@@ -156,7 +157,8 @@ def test_modules_ranks_and_scalings_are_pefts(case):
     assert list(mine) == list(theirs)
     for path, target in mine.items():
         other = theirs[path]
-        assert (target.r, target.scaling) == (other.r["default"], pytest.approx(other.scaling["default"]))
+        assert target.r == other.r["default"]
+        assert target.scaling == pytest.approx(other.scaling["default"])
         assert target.lora_A.shape == other.lora_A["default"].weight.shape
         assert target.lora_B.shape == other.lora_B["default"].weight.shape
 

@@ -1,5 +1,7 @@
 """The self-check sees what would make flat wrong, and takes the head for what it is."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ def test_positions_that_do_not_restart_are_seen(monkeypatch, name):
     ],
 )
 def test_the_head_record_holds_scale_cap_and_bias(name, expected):
-    head = check.head_of(tiny.model_of(name))
+    head: Any = check.head_of(tiny.model_of(name))
     assert (head.scale, head.soft_cap, head.bias is not None) == (pytest.approx(expected[0]), *expected[1:])
     assert head.update is None
 
@@ -70,13 +72,14 @@ def test_the_head_record_holds_scale_cap_and_bias(name, expected):
 def test_a_head_with_a_bias_is_used_with_it():
     model = tiny.model_of("llama")
     model.lm_head = torch.nn.Linear(32, tiny.VOCABULARY)
-    base = Base(model)
+    base: Any = Base(model)
     assert base.head.bias is model.lm_head.bias
 
 
 def test_a_tied_head_is_the_embedding_itself():
     model = tiny.model_of("llama-tied")
-    assert check.head_of(model).weight is model.get_input_embeddings().weight
+    head: Any = check.head_of(model)
+    assert head.weight is model.get_input_embeddings().weight
 
 
 def test_a_scale_that_the_record_does_not_know_is_refused():

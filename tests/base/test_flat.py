@@ -1,18 +1,22 @@
 """What a layer's attention asks for is honoured or refused, never ignored."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from onebase.base.flat import NotFlatError, flat_attention_of
 from onebase.base.route import Route, Slot
-from onebase.ops.attention import AttentionRule, reference
+from onebase.ops import attention
+from onebase.ops.attention import AttentionRule
 from onebase.ops.layout import Layout, Node
 
+reference: Any = attention.reference
 LAYOUT = Layout([Node(5), Node(12), Node(4, parent=1)])
 
 
-def attend(layout=LAYOUT, *, causal_module=True, batch=1, tokens=None, attention_mask=None, **arguments):
+def attend(layout=LAYOUT, *, causal_module=True, batch=1, tokens=None, attention_mask=None, **arguments) -> Any:
     slot, module = Slot(), nn.Module()
     if causal_module is not None:
         module.is_causal = causal_module

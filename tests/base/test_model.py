@@ -1,6 +1,7 @@
 """A base runs real tokens without padding, and what comes out is what its own model says."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests import tiny
 
 LENGTHS = (1, 2, 15, 16, 17, 30, 16)
 # Mixtral's own fused experts know no fp64.
-IN_FP64 = {"mixtral": {"experts_implementation": "eager"}}
+IN_FP64: dict[str, dict[str, Any]] = {"mixtral": {"experts_implementation": "eager"}}
 
 
 def fp64_base(name: str) -> Base:
@@ -154,7 +155,10 @@ def test_a_base_that_is_gone_leaves_no_attention_behind():
 
 # ------------------------------------------------------------------------------------------- activation checkpointing
 
-OWN_DROPOUT = {"opt": {"dropout": 0.5}, "bloom": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}
+OWN_DROPOUT: dict[str, dict[str, Any]] = {
+    "opt": {"dropout": 0.5},
+    "bloom": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+}
 
 
 def losses_and_gradients(bank, pieces, *, recompute: bool, between=lambda: None, run=lambda task: task()):
@@ -174,7 +178,7 @@ def assert_same(ours, theirs, **tolerance):
     assert ours[0] == pytest.approx(theirs[0], rel=1e-9)
     for name, tensors in theirs[1].items():
         for key, tensor in tensors.items():
-            torch.testing.assert_close(ours[1][name][key], tensor, msg=lambda m, k=key: f"{k}: {m}", **tolerance)
+            torch.testing.assert_close(ours[1][name][key], tensor, **tolerance)
 
 
 def two_members(name):

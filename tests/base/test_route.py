@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from onebase.ops.segments import NO_OWNER, Segments
 
 
 def test_a_route_cannot_be_changed():
-    route = Route(sole_owner=0)
+    route: Any = Route(sole_owner=0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         route.sole_owner = 1
     with pytest.raises(TypeError):

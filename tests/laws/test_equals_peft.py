@@ -1,5 +1,8 @@
 """Flat batches of several adapters equal padded batches through transformers and PEFT: logits, loss and gradients."""
 
+from functools import partial
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -10,12 +13,15 @@ from onebase.ops.segments import Segments
 from onebase.train.step import forward_loss
 from tests import tiny
 
-SETTINGS = {"r": 4, "lora_alpha": 8}
+SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8}
 ADAPTABLE = sorted({*tiny.ARCHITECTURES} - {"gpt2"})
 # Mixtral's own fused experts know no fp64; PEFT would adapt them.
-CHANGES = {"mixtral": {"experts_implementation": "eager"}}
+CHANGES: dict[str, dict[str, Any]] = {"mixtral": {"experts_implementation": "eager"}}
 # In fp64 too models take norms, softmax or rotary angles in fp32.
-TOLERANCE = {torch.float32: {"rtol": 1e-3, "atol": 2e-5}, torch.float64: {"rtol": 1e-5, "atol": 2e-6}}
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-3, "atol": 2e-5},
+    torch.float64: {"rtol": 1e-5, "atol": 2e-6},
+}
 # transformers' eager attention turns fp64 rows that see nothing into NaN: padding beyond a window.
 NAN_WHEN_PADDED = {("gemma2", torch.float64)}
 
@@ -63,6 +69,10 @@ def peft_results(theirs, examples, one_by_one=False):
     return torch.cat(found), loss.item(), grads
 
 
+def _told(key: str, message: str) -> str:
+    return f"{key}: {message}"
+
+
 def assert_grads(found, expected, dtype):
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
@@ -72,7 +82,7 @@ def assert_grads(found, expected, dtype):
         torch.testing.assert_close(
             found[key] / scale,
             gradient / scale,
-            msg=lambda m, k=key: f"{k}: {m}",
+            msg=partial(_told, key),
             **bound | {"atol": 10 * bound["atol"]},
         )
 
@@ -80,7 +90,7 @@ def assert_grads(found, expected, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", ADAPTABLE)
 def test_two_members_in_one_batch_equal_two_peft_models(name, dtype):
-    base = tiny.base_of(name, dtype=dtype, **CHANGES.get(name, {}))
+    base: Any = tiny.base_of(name, dtype=dtype, **CHANGES.get(name, {}))
     bank = tiny.bank_of(base, "one", "two", **SETTINGS)
     examples = tiny.examples_of(9, 21, 4, 16, 13)
     owners = ("one", "two", "one", "two", "one")
@@ -107,7 +117,7 @@ def test_two_members_in_one_batch_equal_two_peft_models(name, dtype):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "granite"])
 def test_rslora_and_other_ranks_and_the_adapted_head_equal_peft(name):
-    settings = SETTINGS | {
+    settings: dict[str, Any] = SETTINGS | {
         "use_rslora": True,
         "rank_pattern": {"q_proj": 2},
         "alpha_pattern": {"v_proj": 3},
@@ -128,7 +138,7 @@ def test_rslora_and_other_ranks_and_the_adapted_head_equal_peft(name):
 @pytest.mark.parametrize("name", sorted({*ADAPTABLE} - {"gemma2"}))
 def test_padded_batches_through_the_native_model_equal_flat_ones(name):
     """The way of generation: a route of one owner, the model's own attention, a mask."""
-    base = tiny.base_of(name, dtype=torch.float64, **CHANGES.get(name, {}))
+    base: Any = tiny.base_of(name, dtype=torch.float64, **CHANGES.get(name, {}))
     bank = tiny.bank_of(base, "one", **SETTINGS)
     examples = tiny.examples_of(9, 21, 4)
     ids, mask, _ = padded(examples)
@@ -150,17 +160,22 @@ def test_a_shared_prefix_gives_the_gradients_of_repeating_it(name):
     bank = tiny.bank_of(base, "one", "two", **SETTINGS)
     lengths = {"one": (14, [9, 17, 1]), "two": (6, [5, 16])}
     draws = torch.Generator().manual_seed(0)
-    ids, nodes, flat_ids, flat_nodes, leaves, flat_leaves = [], [], [], [], [], []
+    ids: list[torch.Tensor] = []
+    flat_ids: list[torch.Tensor] = []
+    nodes: list[Node] = []
+    flat_nodes: list[Node] = []
+    leaves: list[int] = []
+    flat_leaves: list[int] = []
     for owner, (prefix, tails) in lengths.items():
         root, root_ids = len(nodes), torch.randint(3, 60, (prefix,), generator=draws)
         nodes.append(Node(prefix, owner))
         ids.append(root_ids)
         for tail in tails:
             tail_ids = torch.randint(3, 60, (tail,), generator=draws)
-            leaves += range(sum(map(len, ids)), sum(map(len, ids)) + tail)
+            leaves += range(sum(len(part) for part in ids), sum(len(part) for part in ids) + tail)
             nodes.append(Node(tail, owner, parent=root))
             ids.append(tail_ids)
-            start = sum(map(len, flat_ids)) + prefix
+            start = sum(len(part) for part in flat_ids) + prefix
             flat_leaves += range(start, start + tail)
             flat_nodes.append(Node(prefix + tail, owner))
             flat_ids.append(torch.cat([root_ids, tail_ids]))

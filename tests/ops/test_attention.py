@@ -1,18 +1,23 @@
 """Flat attention equals its reference, and the reference equals dense attention over each example alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase.ops.attention import AttentionRule, flat_attention, reference
+from onebase.ops import attention
+from onebase.ops.attention import AttentionRule
 from onebase.ops.layout import NO_PARENT, Layout, Node
 from tests.ops.test_layout import layouts, line_of
 
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
+flat_attention: Any = attention.flat_attention
+reference: Any = attention.reference
+EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def qkv(layout, heads, kv_heads, dim=4, dim_v=3, dtype=torch.float64, seed=0):
+def qkv(layout, heads, kv_heads, dim=4, dim_v=3, dtype=torch.float64, seed=0) -> Any:
     draws = torch.Generator().manual_seed(seed)
     shapes = ((heads, dim), (kv_heads, dim), (kv_heads, dim_v))
     return [

@@ -1,5 +1,7 @@
 """The loss by chunks equals cross-entropy on all logits at once, in value and in every gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from onebase.ops.low_rank import reference as low_rank_reference
 from onebase.ops.segments import NO_OWNER, Segments
 from tests.ops.test_low_rank import low_rank_of, numbers
 
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
+EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 HIDDEN, VOCABULARY = 5, 11
 
 
