@@ -1,5 +1,7 @@
 """Laws of answers: what the model itself would write, token by token, whoever else is asked at the same time."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_models_with_windows_and_other_positions_answer_in_batches_as_alone(arch
 def test_a_drawn_answer_depends_on_seed_and_place_and_never_on_its_neighbours(bank):
     first, second = _prompts(6, 4)
     others = _prompts(*range(1, ROWS_PER_BATCH + 4), seed=1)
-    settings = {"max_new_tokens": 7, "temperature": 1.0}
+    settings: dict[str, Any] = {"max_new_tokens": 7, "temperature": 1.0}
     alone = generate(bank, "a", [first, second], seed=5, **settings)
     among = generate(bank, "a", [first, second, *others], seed=5, **settings)
     assert among[:2] == alone
@@ -91,7 +93,7 @@ def test_an_answer_ends_with_its_end_token_or_at_its_longest(bank):
 
 def test_tokens_are_told_as_they_come(bank):
     prompts = _prompts(2, 5, 5, 3)
-    told = [[] for _ in prompts]
+    told: list[list[int]] = [[] for _ in prompts]
     answers = generate(
         bank, "a", prompts, max_new_tokens=6, temperature=2.0, on_token=lambda number, token: told[number].append(token)
     )

@@ -11,6 +11,7 @@ import typer
 from onebase.cli import terminal
 from onebase.cli.counting import counting
 from onebase.cli.opening import Opened, open_adapter_or_model
+from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
     from onebase.data.rows import Row
@@ -41,11 +42,11 @@ def predict(
 
     A line holds the row's own columns, and its answer under 'prediction'.
     """
-    from onebase.files.atomic import ensure_writable, write_file
+    from onebase.files.atomic import write_file
     from onebase.measure.generate import end_ids, generate
 
     if out is not None:
-        ensure_writable(out, 0, writing="the answers")
+        _check_place(out)
     opened = open_adapter_or_model(adapter, model=model, allow_base_mismatch=allow_base_mismatch)
     asking = opened.asking()
     rows = _rows(opened, data)
@@ -70,6 +71,15 @@ def predict(
     cut = sum(len(ids) == max_new_tokens and ids[-1] not in done.ends for ids in answers)
     if cut:
         terminal.warn(f"{terminal.counted(cut, 'answer')} cut off at {max_new_tokens} tokens; raise --max-new-tokens.")
+
+
+def _check_place(out: Path) -> None:
+    """Raise before the work if the answers could not be written where they are to go."""
+    from onebase.files.atomic import ensure_writable
+
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder; name the file that the answers go to.")
+    ensure_writable(out.parent, 0, writing="the answers")
 
 
 class _Done:

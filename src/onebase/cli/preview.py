@@ -28,11 +28,12 @@ def preview(
     ] = None,
 ) -> None:
     """Show rows as tokens with labels, and counts of all rows."""
-    from onebase.base.pretrained import locate, open_tokenizer
     from onebase.config.reading import read_settings
+
+    settings = read_settings(config, overrides or ())  # first: a mistake in them is told without waiting for torch
+    from onebase.base.pretrained import locate, open_tokenizer
     from onebase.train.data import load_data
 
-    settings = read_settings(config, overrides or ())
     place = locate(settings.model, revision=settings.revision)
     tokenizer, max_length = open_tokenizer(place, trust_remote_code=settings.trust_remote_code)
     data = load_data(settings.data, settings.task, _Reader(settings.model, tokenizer, max_length))

@@ -24,12 +24,13 @@ def train(
 
     Ctrl-C and SIGTERM stop after the step at hand and save a checkpoint; the same command with --resume goes on.
     """
-    from onebase.cli.watching import Watching
     from onebase.config.reading import read_settings
+
+    settings = read_settings(config, overrides or ())  # first: a mistake in them is told without waiting for torch
+    from onebase.cli.watching import Watching
     from onebase.train.run import train_run
     from onebase.train.stop import Stopped
 
-    settings = read_settings(config, overrides or ())
     watching = Watching(settings, out)
     try:
         with watching:

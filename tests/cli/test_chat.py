@@ -1,0 +1,136 @@
+"""Laws of `onebase chat`: the model's own answers, token by token, to a conversation that is remembered or forgotten."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from onebase.measure.generate import generate
+from tests.cli.world import ENVIRONMENT, invoke
+
+
+@pytest.fixture(scope="module")
+def opened(trained):
+    from onebase.cli.opening import open_adapter_or_model
+
+    return open_adapter_or_model(str(trained / "run"))
+
+
+def _answer(opened, adapter, *texts):
+    """Return the greedy answer to a conversation, user first, turn by turn."""
+    asking = opened.asking()
+    messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    (ids,) = generate(opened.bank, adapter, [asking.of_messages(messages)], max_new_tokens=8)
+    return asking.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _chat(trained, *lines, options=()):
+    result = invoke("chat", trained / "run", "--max-new-tokens", 8, *options, stdin="".join(f"{x}\n" for x in lines))
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def test_lines_of_a_pipe_are_answered_and_only_answers_are_printed(trained, opened):
+    first = _answer(opened, opened.adapter, "What is a dog?")
+    second = _answer(opened, opened.adapter, "What is a dog?", first, "And a cat?")
+    result = _chat(trained, "What is a dog?", "", "And a cat?")
+    assert result.stdout == f"{first}\n{second}\n"
+    assert result.stderr == ""
+
+
+def test_a_conversation_can_be_forgotten(trained, opened):
+    first, second = (_answer(opened, opened.adapter, text) for text in ("What is a dog?", "And a cat?"))
+    assert _chat(trained, "What is a dog?", "/reset", "And a cat?").stdout == f"{first}\n{second}\n"
+
+
+def test_the_adapter_can_be_switched_off_and_on(trained, opened):
+    question = "Define the noun dog."
+    own, base = _answer(opened, opened.adapter, question), _answer(opened, None, question)
+    assert own != base
+    result = _chat(trained, question, "/reset", "/base", question, "/reset", "/base", question)
+    assert result.stdout == f"{own}\n{base}\n{own}\n"
+    assert "the base answers" in result.stderr and "the adapter answers" in result.stderr
+
+
+def test_nothing_after_quit_is_answered(trained):
+    assert _chat(trained, "/quit", "What is a dog?").stdout == ""
+
+
+def test_an_unknown_command_is_no_question(trained):
+    result = _chat(trained, "/nonsense", "/help")
+    assert result.stdout == ""
+    assert "/nonsense is no command" in result.stderr and result.stderr.count("/reset") == 2
+
+
+def test_a_model_can_be_talked_to_without_an_adapter(trained, opened):
+    result = invoke("chat", trained / "model", "--max-new-tokens", 8, stdin="What is a dog?\n/base\n")
+    assert result.stdout == _answer(opened, None, "What is a dog?") + "\n"
+    assert "there is no adapter" in result.stderr
+
+
+def test_a_question_that_is_too_long_does_not_end_the_conversation(trained, opened):
+    result = _chat(trained, "dog " * 300, "What is a dog?")
+    assert "at most 256" in result.stderr
+    assert result.stdout == _answer(opened, opened.adapter, "What is a dog?") + "\n"
+
+
+class _Terminal:
+    """A chat in a terminal of its own."""
+
+    def __init__(self, folder, *words):
+        self.own, theirs = pty.openpty()
+        self.seen = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "onebase", "chat", *map(str, words)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=folder,
+            env=os.environ | ENVIRONMENT | {"TERM": "xterm"},
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )
+        os.close(theirs)
+
+    def type(self, text):
+        os.write(self.own, text.encode())
+
+    def wait_for(self, text, seconds=60):
+        """Read until `text` comes; return what came before it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.seen!r}"
+            if select.select([self.own], [], [], 0.2)[0]:
+                self.seen += os.read(self.own, 4096).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_twice_leaves(trained):
+    terminal = _Terminal(trained, "run", "--max-new-tokens", "100000", "--temperature", "5")
+    terminal.wait_for("> ")
+    terminal.type("What is a dog?\n")
+    time.sleep(1)
+    terminal.type("\x03")
+    terminal.wait_for("> ")
+    terminal.type("/base\n")
+    terminal.wait_for("the base answers")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-C again")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    assert terminal.process.wait(timeout=30) == 130
+
+
+@pytest.mark.slow
+def test_the_end_of_the_input_leaves(trained):
+    terminal = _Terminal(trained, "run")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=30) == 0

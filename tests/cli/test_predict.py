@@ -1,0 +1,94 @@
+"""Laws of `onebase predict`: an answer for every row, in their order, whole or not at all."""
+
+import json
+
+import pytest
+
+from tests.cli.world import chats, invoke, write_rows
+
+
+def _lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _predict(*words):
+    result = invoke("predict", *words, "--max-new-tokens", 6)
+    assert result.exit_code == 0, result.stderr
+    return _lines(result.stdout)
+
+
+def test_every_row_comes_back_with_its_columns_and_an_answer(trained):
+    rows = chats(6, start=24)
+    found = _predict(trained / "run", "--data", trained / "valid.jsonl")
+    assert [{key: value for key, value in line.items() if key != "prediction"} for line in found] == rows
+    assert all(isinstance(line["prediction"], str) for line in found)
+    assert any(line["prediction"] for line in found)
+
+
+def test_a_file_gets_the_same_lines_at_once(trained, tmp_path):
+    to_stdout = invoke("predict", trained / "run", "--data", trained / "valid.jsonl", "--max-new-tokens", 6)
+    out = tmp_path / "new" / "answers.jsonl"
+    to_file = invoke("predict", trained / "run", "--data", trained / "valid.jsonl", "--max-new-tokens", 6, "--out", out)
+    assert to_file.exit_code == 0
+    assert to_file.stdout == ""
+    assert "6 answers" in to_file.stderr and str(out) in to_file.stderr
+    assert out.read_text() == to_stdout.stdout
+    assert [path.name for path in out.parent.iterdir()] == ["answers.jsonl"]
+
+
+def test_answers_need_not_be_there(trained, tmp_path):
+    rows = chats(6, start=24)
+    asked = [{"messages": row["messages"][:1]} for row in rows]
+    data = write_rows(tmp_path / "asked.jsonl", asked)
+    with_answers = _predict(trained / "run", "--data", trained / "valid.jsonl")
+    without = _predict(trained / "run", "--data", data)
+    assert [line["prediction"] for line in without] == [line["prediction"] for line in with_answers]
+
+
+def test_a_column_that_holds_answers_may_be_missing_too(world):
+    rows = [{"q": f"What is {i}?", "a": f"number {i}"} for i in range(12)]
+    write_rows(world / "train.jsonl", rows)
+    write_rows(world / "valid.jsonl", rows[:5])
+    invoke("train", "run.yaml", "--out", "run", "--set=data.columns={prompt: q, completion: a}")
+    write_rows(world / "asked.jsonl", [{"q": "What is 3?"}])
+    assert len(_predict("run", "--data", "asked.jsonl")) == 1
+    assert len(_predict("run", "--data", "valid.jsonl")) == 5
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(trained):
+    words = [trained / "run", "--data", trained / "valid.jsonl", "--temperature", 1.5]
+    assert _predict(*words, "--seed", 1) == _predict(*words, "--seed", 1)
+    assert _predict(*words, "--seed", 1) != _predict(*words, "--seed", 2)
+
+
+def test_the_adapter_answers_otherwise_than_its_base(trained):
+    data = ["--data", trained / "valid.jsonl"]
+    assert _predict(trained / "run", *data) != _predict(trained / "model", *data)
+
+
+def test_answers_that_were_cut_off_are_counted(trained):
+    result = invoke("predict", trained / "model", "--data", trained / "valid.jsonl", "--max-new-tokens", 1)
+    answers = _lines(result.stdout)
+    assert len(answers) == 6
+    cut = sum(bool(line["prediction"]) for line in answers)  # an end token has no text
+    assert f"{cut} answers cut off at 1 tokens" in result.stderr
+
+
+def test_a_row_without_a_question_stops_everything_before_the_first_answer(trained, tmp_path):
+    rows = [*chats(2), {"text": "no question"}]
+    out = tmp_path / "answers.jsonl"
+    out.write_text("before\n")
+    data = write_rows(tmp_path / "asked.jsonl", rows)
+    result = invoke("predict", trained / "run", "--data", data, "--out", out)
+    assert result.exit_code == 2
+    assert "line 3" in result.stderr
+    assert out.read_text() == "before\n"
+
+
+@pytest.mark.parametrize("kind", ["file in the way", "folder"])
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_opened(tmp_path, kind):
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "answers.jsonl" if kind == "file in the way" else tmp_path
+    result = invoke("predict", tmp_path / "no-such-run", "--data", tmp_path / "no.jsonl", "--out", out)
+    assert result.exit_code == 2
+    assert "the answers" in result.stderr and "no-such-run" not in result.stderr

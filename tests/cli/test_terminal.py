@@ -1,0 +1,80 @@
+"""Laws of printing: JSON that every reader takes, numbers that read well, cells that are never cut."""
+
+import io
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from onebase.cli import terminal
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@given(content=st.dictionaries(st.text(), JSON, max_size=4))
+def test_what_is_printed_as_json_is_one_strict_object(content):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", written := io.StringIO())
+        terminal.print_json(content)
+    assert json.loads(written.getvalue(), parse_constant=lambda name: pytest.fail(name)) == _without_nan(content)
+
+
+@given(size_bytes=st.integers(0, 10**15))
+def test_a_size_is_within_a_percent_of_the_bytes(size_bytes):
+    number, unit = terminal.size(size_bytes).split()
+    factor = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert float(number) * factor == pytest.approx(size_bytes, rel=0.01)
+    assert len(number) <= 5 or unit == "TB"
+
+
+@given(seconds=st.floats(0, 10**6))
+def test_a_duration_and_a_clock_are_within_their_last_unit(seconds):
+    units = {"s": 1, "min": 60, "h": 3600}
+    words = terminal.duration(seconds).split()
+    told = sum(float(number) * units[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
+    assert abs(told - seconds) <= (30 if "h" in words else 0.5)
+    parts = [int(part) for part in terminal.clock(seconds).split(":")]
+    assert abs(sum(part * 60**place for place, part in enumerate(reversed(parts))) - seconds) <= 0.5
+    assert all(part < 60 for part in parts[1:])
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_no_cell_of_a_table_is_cut(width):
+    words = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    console = Console(file=io.StringIO(), width=width)
+    console.print(terminal.table(("pattern", "number"), [(words, "")]))
+    assert words in console.file.getvalue().replace("\n", "").replace(" ", "")  # type: ignore[attr-defined]
+
+
+def test_what_comes_from_outside_is_no_markup(capsys):
+    text = "[bold]x[/bold] :smile: [/] [link=a]"
+    terminal.stdout().print(text)
+    terminal.say(text)
+    terminal.stdout().print(terminal.table(("a",), [(text,)]))
+    captured = capsys.readouterr()
+    assert captured.out.count(text) == 2
+    assert captured.err == f"{text}\n"
+
+
+def test_without_a_terminal_a_line_stays_a_line(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    terminal.say("word " * 100)
+    terminal.stdout().print(terminal.table(("a", "b"), [("word " * 30, "1")]))
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.out.count("\n") == 3

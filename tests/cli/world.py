@@ -1,0 +1,73 @@
+"""What the verbs are tried on: a tiny chat model in a folder, rows, settings, and the command line in this process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from onebase.cli.app import app
+from tests.data.tiny import byte_tokenizer
+from tests.tiny import model_of
+
+WORDS = ("dog", "cat", "mat", "house", "thing", "noun", "animal", "away")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def invoke(*words: Any, stdin: str | None = None, env: dict[str, str] | None = None) -> Result:
+    """Return what a command prints on both streams, and its exit code."""
+    result = CliRunner().invoke(app, [str(word) for word in words], input=stdin, env=env)
+    unexpected = result.exception is not None and not isinstance(result.exception, SystemExit)
+    assert not unexpected, f"{result.exception!r}"
+    return result
+
+
+def process(folder: Path, *words: Any, **more: Any) -> "subprocess.Popen[str]":
+    """Start a command in a process of its own, in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "onebase", *map(str, words)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": "1"} | more.pop("env", {}),
+        **more,
+    )
+
+
+def model_in(folder: Path) -> Path:
+    """Write a random Llama of two blocks with a chat tokenizer."""
+    tokenizer = byte_tokenizer()
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model_of("llama", vocab_size=len(tokenizer), max_position_embeddings=256, **ends).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Return rows of questions with answers of different lengths."""
+    rows = []
+    for number in range(start, start + count):
+        word = WORDS[number % len(WORDS)]
+        answer = f"A {word} that " + "ran " * (number % 7) + f"away, number {number}."
+        turns = [("user", f"Define the noun {word}."), ("assistant", answer)]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns], "number": number})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings_in(folder: Path, train: str = "steps: 6, batch_size: 4", data: str = "", more: str = "") -> Path:
+    """Write a settings file over `model`, `train.jsonl` and `valid.jsonl` in a folder."""
+    path = folder / "run.yaml"
+    path.write_text(
+        f"model: ./model\ndata: {{train: train.jsonl, valid: valid.jsonl{data}}}\n"
+        f"adapter: {{r: 2, lora_alpha: 4}}\ntrain: {{{train}}}\n{more}"
+    )
+    return path
