@@ -1,0 +1,83 @@
+"""Every bench runs, on a tiny model and few steps, and writes a record with its claim, command and machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.tiny import byte_tokenizer
+from tests.tiny import model_of
+
+BENCH = Path(__file__).parents[2] / "bench"
+pytestmark = pytest.mark.slow
+# What makes each script short; every script in bench/ that can be started is here.
+SHORT = {
+    "against_peft": ["--steps=3", "--batch-size=2", "--logit-steps=2", "--logit-rows=3"],
+    "kill_and_resume": ["--steps=9", "--batch-size=2"],
+    "learning_rate": ["--rates", "1e-3", "3e-3", "--steps=2"],
+    "profile_step": ["--warmup=1", "--steps=1", "--profiled=1", "--repeats=1"],
+    "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
+    "train_define": ["--steps=2", "--repeat=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The tiny model, with a tokenizer, and a few rows."""
+    folder = tmp_path_factory.mktemp("bench")
+    tokenizer = byte_tokenizer()
+    model_of("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, count in (("train", 40), ("valid", 4)):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"What is {n}?"},
+                    {"role": "assistant", "content": f"It is {n}."},
+                ]
+            }
+            for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [f"--model={folder / 'model'}", f"--train={folder / 'train.jsonl'}", f"--valid={folder / 'valid.jsonl'}"]
+
+
+def run(name: str, *words: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(BENCH / f"{name}.py"), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_script_that_can_be_started_is_tried() -> None:
+    assert {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")} == set(SHORT)
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT if name != "kill_and_resume"])
+def test_a_script_runs_and_records_its_claim_its_command_and_the_machine(
+    name: str, options: list[str], tmp_path: Path
+) -> None:
+    run(name, *options, *SHORT[name], f"--out={tmp_path / 'record.json'}")
+    text = (tmp_path / "record.json").read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert record["claim"] and record["command"].split("python ")[1].startswith(f"bench/{name}.py")
+    assert {"cpu", "cores", "torch", "commit", "load_average_before", "load_average_after"} <= set(record["machine"])
+    assert str(tmp_path) not in text
+
+
+def test_the_sweep_skips_what_its_record_holds(options: list[str], tmp_path: Path) -> None:
+    words = [*options, "--steps=1", f"--out={tmp_path / 'record.json'}"]
+    run("learning_rate", *words, "--rates", "1e-3")
+    first = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["trials"]
+    run("learning_rate", *words, "--rates", "1e-3", "2e-3")
+    both = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["trials"]
+    assert both[0] == first[0] and [trial["learning_rate"] for trial in both] == [1e-3, 2e-3]
