@@ -2,10 +2,14 @@
 
 Run it after a setting or an option has changed: python docs/make_reference.py. It replaces what stands between the
 marks <!-- NAME begins --> and <!-- NAME ends -->; tests/test_reference.py fails where that is not what the code says.
+
+The README shows what `make demo` printed, which no test can know: with runs/demo removed,
+COLUMNS=100 make demo > demo.txt 2>&1; python docs/make_reference.py demo.txt
 """
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -125,8 +129,20 @@ def page(name: str) -> str:
     return text
 
 
+def put_demo(output: Path) -> None:
+    """Put what `make demo` printed into the README."""
+    readme = DOCS.parent / "README.md"
+    begin, end = "<!-- demo output begins -->", "<!-- demo output ends -->"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    lines = [line.rstrip() for line in output.read_text(encoding="utf-8").splitlines()]
+    block = "\n".join(["```text", *lines, "```"])
+    readme.write_text(f"{before}{begin}\n\n{block}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def main() -> None:
-    """Write the pages."""
+    """Write the pages; with a file of what `make demo` printed, write the README's part of it."""
+    if len(sys.argv) > 1:
+        put_demo(Path(sys.argv[1]))
     for name in PARTS:
         (DOCS / name).write_text(page(name), encoding="utf-8")
 
