@@ -1,7 +1,7 @@
 """From rows to an adapter that others can open, in Python: load, train, measure, save, load again.
 
 A workshop has words of its own. A chat model learns them from eight rows, and is measured on the same questions put
-another way. Run it: python examples/01_train_and_ship.py (about a minute on two cores, after the model is fetched).
+another way. Run it: python examples/01_train_and_ship.py
 Another model: python examples/01_train_and_ship.py MODEL
 """
 
