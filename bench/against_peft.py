@@ -9,6 +9,7 @@
    onebase wrote), the same order of rows, torch's AdamW, clipping, warm-up and cosine, padded batches, the whole
    logits; it shares no code with onebase. The largest difference over 50 steps is stated.
 
+--parts logits or --parts curve does one of the two and keeps what the record says of the other.
 The rows are rendered and labelled by the chat template alone and must come out as onebase's. Times do not matter here.
 On 2 cores about 8 minutes.
 """
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from fresh_run import add_data_options
 from peft import LoraConfig, PeftModel, get_peft_model
-from record import Record, file_facts
+from record import Record, earlier_parts, file_facts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -53,7 +54,7 @@ def main() -> None:
     facts = {"train": file_facts(args.train), "valid": file_facts(args.valid), "r": 16, "target_modules": "all-linear"}
     record = Record(args.out, str(__doc__).partition("\n")[0], data=facts)
     folder = str(ob.model_path(args.model))
-    values: dict[str, Any] = {}
+    values = earlier_parts(args.out, "logits", "curve")
     with tempfile.TemporaryDirectory() as scratch:
         for name, part in (("logits", compare_logits), ("curve", compare_curves)):
             if name in args.parts:

@@ -43,6 +43,12 @@ class Record:
         new.replace(self.path)
 
 
+def earlier_parts(path: Path, *names: str) -> dict[str, Any]:
+    """Return these parts of the record there is, for scripts whose parts are measured at different times."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: earlier[name] for name in names if name in earlier}
+
+
 def machine_facts() -> dict[str, Any]:
     """Return what a number depends on besides the code: processor, cores, threads, versions; and the code's commit."""
     return {
@@ -102,10 +108,11 @@ def _git(*words: str) -> str:
 
 
 def _without_folders(word: str) -> str:
-    path = Path(word)
-    if not path.is_absolute():
-        return word
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if path.is_absolute():
+        value = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return f"{option}{equals}{value}"
 
 
 def _round(value: float) -> float:

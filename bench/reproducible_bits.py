@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fresh_run import add_data_options
-from record import Record, file_facts, median_and_spread
+from record import Record, earlier_parts, file_facts, median_and_spread
 
 VARIABLE = "MKL_CBWR"
 MARK_RATIO = 1.03
@@ -43,10 +43,7 @@ def main() -> None:
 
     strict = args.branch or f"{instruction_set()},STRICT"
     record = Record(args.out, str(__doc__).partition("\n")[0], setting=f"{VARIABLE}={strict}", rows=list(_ROWS))
-    values: dict[str, Any] = {}
-    if args.out.exists():  # the parts are measured at different times
-        earlier = json.loads(args.out.read_text(encoding="utf-8"))
-        values = {name: earlier[name] for name in ("bits", "cost") if name in earlier}
+    values = earlier_parts(args.out, "bits", "cost")
     if "bits" in args.parts:
         values["bits"] = {"strict": _in_fresh_process("bits", strict), "default": _in_fresh_process("bits", None)}
         record.write(values)
