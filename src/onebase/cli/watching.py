@@ -51,6 +51,11 @@ class Watching:
         self.last_saved: Path | None = None
 
     def __enter__(self) -> "Watching":
+        if self._console.is_terminal:
+            # No thread refreshes it: the training has the processor for itself.
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._say_waiting("opening the model, reading the rows")
         return self
 
     def __exit__(
@@ -64,16 +69,14 @@ class Watching:
         """Show what became of the rows."""
         show_rows(self._console, data)
         self._console.print()
+        self._say_waiting("trying the largest micro-batch")
 
     def started(self, plan: "Plan") -> None:
         """Show the plan, and begin the line that moves."""
         self._plan, self._step = plan, plan.first_step
         show_plan(self._console, plan, self._settings)
         self._printed_at = time.monotonic()
-        if self._console.is_terminal:
-            # No thread refreshes it: the training has the processor for itself.
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
+        self._say_waiting("evaluating the base" if plan.valid_examples and not plan.first_step else "the first step")
 
     def stepped(self, record: "StepRecord") -> None:
         """Take a step into the account, and show it where that is due."""
@@ -117,6 +120,11 @@ class Watching:
     def show_result(self, result: "Result") -> None:
         """Show what came of the run, and what to do next."""
         show_result(self._console, result, self._scores, self._out)
+
+    def _say_waiting(self, what: str) -> None:
+        """Show what is being waited for, where a line can be taken back."""
+        if self._live is not None:
+            self._live.update(Text(f"{what} ...", style="dim"), refresh=True)
 
     def _known_plan(self) -> "Plan":
         assert self._plan is not None, "a training is started before anything else happens"
