@@ -25,4 +25,7 @@ def __getattr__(name: str) -> Any:
     """Return a name of `onebase.api`, importing it (and torch) on first use."""
     if name not in __all__:
         raise AttributeError(f"module 'onebase' has no attribute {name!r}")
-    return getattr(importlib.import_module("onebase.api"), name)
+    api = importlib.import_module("onebase.api")
+    # All of them: importing the api has imported the room `onebase.train`, which then stands where the function belongs.
+    globals().update({found: getattr(api, found) for found in __all__})
+    return globals()[name]

@@ -126,6 +126,9 @@ class Job:
         self.data, self.valid, self.task = data, valid, task
         self.reading = DataSettings(train="rows", **(reading or {}))  # type: ignore[arg-type]
         self.settings = TrainSettings(**settings)
+        needing = [name for name in ("eval_every", "early_stopping_patience") if settings.get(name) is not None]
+        if valid is None and needing:
+            raise ConfigError(f"{' and '.join(needing)}: rows to evaluate on are needed. Give the job valid=ROWS.")
 
 
 def train(bank: Bank, jobs: Mapping[str, Job], *, progress: Progress | None = None) -> Result | dict[str, Result]:

@@ -38,7 +38,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FEW = {"target_modules": ["q_proj", "v_proj"]}
+FEW: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 CLOCKS = {"seconds"}  # what a clock says is no part of what a run must repeat
 
 
