@@ -157,6 +157,7 @@ MOMENTS = {
     "while the adapter is written": ("synced", "adapter_model.safetensors", 1, None),
     "between the adapter and the result": ("rename", "result.json", 1, None),
 }
+QUICK = {"before a complete checkpoint gets its name", "while the adapter is written"}
 
 
 def config_file(shop: Workshop, **sections) -> Path:
@@ -177,7 +178,9 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the moments are found through /proc")
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [moment if moment in QUICK else pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS]
+)
 def test_killed_at_any_moment_and_resumed_equals_never_killed(shop, uninterrupted, moment, tmp_path):
     kind, part, number, newest = MOMENTS[moment]
     out = tmp_path / "run"
@@ -192,6 +195,7 @@ def test_killed_at_any_moment_and_resumed_equals_never_killed(shop, uninterrupte
     assert not [path for path in out.rglob("*") if ".onebase-" in path.name]  # nothing of the crash is left
 
 
+@pytest.mark.slow
 def test_a_run_killed_from_outside_goes_on_from_the_command_line(shop, uninterrupted, tmp_path):
     out = tmp_path / "run"
     command = [str(config_file(shop, **EVERYTHING)), "--out", str(out)]
