@@ -4,8 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from onebase.adapters.bank import Bank
+from onebase.base.model import Base
+from onebase.config.methods import Lora
+from onebase.config.settings import TrainSettings
 from onebase.errors import CapacityError, ConfigError, DataError, TrainingError
+from onebase.train.member import Member
+from tests import tiny
 from tests.train import runs
 from tests.train.runs import FEW, Watching, Workshop, adapter_bytes, checkpoint_names, metrics
 
@@ -151,3 +158,36 @@ def test_a_fraction_that_holds_no_row_out_is_an_error_that_names_it(shop, tmp_pa
     settings = shop.settings("data.valid=0.0001", valid=False, adapter=FEW, train={"steps": 2})
     with pytest.raises((ConfigError, DataError), match=r"data\.valid"):
         runs.run(settings, tmp_path / "run")
+
+
+def test_a_tensor_that_no_gradient_reaches_is_named_after_the_first_backward():
+    model = tiny.model_of("llama")
+    model.model.layers[0].mlp.unused = torch.nn.Linear(32, 32)
+    bank = Bank(Base(model))
+    adapter = bank.add("learner", Lora(r=2))
+    settings = TrainSettings(steps=2, batch_size=2)
+    member = Member(bank, adapter, tiny.examples_of(5, 9), settings, shuffle=True, budget=99)
+    before = {name: tensor.clone() for name, tensor in adapter.state.items()}
+    with pytest.raises(TrainingError, match=r"2 problems .*'learner'") as caught:
+        member.run_step()
+    for letter in "AB":
+        assert f"model.layers.0.mlp.unused.lora_{letter}.weight: no gradient reaches it" in str(caught.value)
+    assert member.books.step == 0 and all(torch.equal(before[name], t) for name, t in adapter.state.items())
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(0, r"lora_B\.weight: its gradient is not finite"), (1, "step 2: .* norm")]
+)
+def test_a_gradient_that_is_no_number_stops_the_step_before_it_changes_anything(step, words):
+    bank = Bank(tiny.base_of("llama"))
+    adapter = bank.add("learner", Lora(r=2))
+    settings = TrainSettings(steps=2, batch_size=2)
+    member = Member(bank, adapter, tiny.examples_of(5, 9), settings, shuffle=True, budget=99)
+    for _ in range(step):
+        member.run_step()
+    before = {name: tensor.clone() for name, tensor in adapter.state.items()}
+    _, parameter = list(adapter.parameters())[-1]
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=words):
+        member.run_step()
+    assert member.books.step == step and all(torch.equal(before[name], t) for name, t in adapter.state.items())
