@@ -35,6 +35,33 @@ def test_the_share_that_is_kept_is_one_minus_p(p, seed):
     assert (mask.double().mean(1) - (1 - p)).abs().max() < bound / math.sqrt(COLUMNS)
 
 
+def splitmix(number):
+    """Return splitmix64's finaliser of a number, in whole numbers of Python."""
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) % 2**64
+    return number ^ (number >> 31)
+
+
+def murmur(bits):
+    """Return murmur3's 32-bit finaliser of a number, in whole numbers of Python."""
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) % 2**32
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) % 2**32
+    return bits ^ (bits >> 16)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 5000), st.integers(0, 2**40), st.floats(0, 0.99))
+def test_keys_and_masks_are_the_published_finalisers(key, position, part, p):
+    """In 64- and 32-bit arithmetic without signs, so that shifts that copy a sign would show."""
+    golden = 0x9E3779B97F4A7C15
+    (found,) = position_keys(key, position, 1)
+    assert int(found) % 2**64 == splitmix((position * golden + key) % 2**64)
+    mixed = mix_rows(found[None], part)
+    assert int(mixed) % 2**64 == splitmix((int(found) % 2**64) ^ mix(part))
+    row = int(mixed) % 2**31
+    kept = [murmur(row ^ (column * 0x9E3779B1 % 2**32)) % 2**31 >= int(p * 2**31) for column in range(40)]
+    assert keep_mask(mixed, 40, p)[0].tolist() == kept
+
+
 def test_nothing_is_dropped_at_zero():
     assert keep_mask(keys(1), COLUMNS, 0.0).all()
 
