@@ -130,3 +130,15 @@ def test_a_run_without_its_adapter_says_how_to_finish_it(trained, tmp_path):
     result = invoke("eval", tmp_path / "run", "--data", trained / "valid.jsonl")
     assert result.exit_code == 2
     assert "--resume" in result.stderr
+
+
+def test_a_settings_file_that_only_lies_beside_an_adapter_is_not_its_runs(trained, tmp_path, measured):
+    shutil.copytree(trained / "run/adapter", tmp_path / "mine")
+    (tmp_path / "config.yaml").write_text("model: other\ntask: text\ndata: {train: x, system: Shout.}\n")
+    assert _json(tmp_path / "mine", "--data", trained / "valid.jsonl")["loss"] == measured["loss"]
+
+
+def test_a_data_set_of_the_hub_is_named_as_in_the_settings(trained):
+    result = invoke("eval", trained / "run", "--data", "hub:org/no-such-set:test")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("DataError: hub:org/no-such-set:test")

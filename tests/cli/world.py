@@ -42,7 +42,7 @@ def model_in(folder: Path, max_position_embeddings: int = 256) -> Path:
     """Write a random Llama of two blocks with a chat tokenizer."""
     tokenizer = byte_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": max_position_embeddings}
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "max_position_embeddings": max_position_embeddings}
     model_of("llama", **sizes, **ends).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """`onebase chat`: a conversation in the terminal, with an adapter that can be switched off and on."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -157,7 +158,8 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    import readline  # noqa: F401 (importing it gives input() its line editing and history)
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (importing it gives input() its line editing and history)
 
     interrupted = False
     while True:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,7 +28,7 @@ class _Measured:
 def evaluate(
     adapter: Annotated[str, typer.Argument(help="An adapter's folder or a run's; a model, to measure it alone.")],
     data: Annotated[
-        Path | None, typer.Option(help="The rows to measure on. Default: the run's data.test, or else data.valid.")
+        str | None, typer.Option(help="The rows to measure on. Default: the run's data.test, or else data.valid.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     model: Annotated[str | None, typer.Option(help="Another name or place of the adapter's base.")] = None,
@@ -59,13 +58,13 @@ def evaluate(
         _show(opened, name, own, base)
 
 
-def _rows(opened: Opened, data: Path | None) -> tuple["Prepared", str]:
+def _rows(opened: Opened, data: str | None) -> tuple["Prepared", str]:
     """Return the examples to measure on and what to call them."""
     from onebase.train.data import load_rows
 
     base = opened.bank.base
     if data is not None:
-        return load_rows(data, opened.data_settings(str(data)), opened.task, base), str(data)
+        return load_rows(data, opened.data_settings(data), opened.task, base), data
     for part in ("test", "valid"):
         source = opened.sources.get(part)
         if isinstance(source, float):

@@ -107,7 +107,7 @@ def _run_settings(adapter_folder: Path) -> dict[str, Any]:
     from onebase.config.strict_yaml import parse_yaml
 
     path = adapter_folder.parent / "config.yaml"
-    if not path.is_file():
+    if adapter_folder.name != "adapter" or not path.is_file():
         return {}
     value = parse_yaml(path.read_text(encoding="utf-8")).value
     return value if isinstance(value, dict) else {}

@@ -23,7 +23,7 @@ _ANSWER_ROLES = ("completion", "output")
 def predict(
     adapter: Annotated[str, typer.Argument(help="An adapter's folder or a run's; a model, to ask it alone.")],
     data: Annotated[
-        Path, typer.Option(help="The rows to answer: in the shapes of training rows, answers may be missing.")
+        str, typer.Option(help="The rows to answer: in the shapes of training rows, answers may be missing.")
     ],
     out: Annotated[
         Path | None, typer.Option(help="Where the JSONL goes, written whole or not at all. Default: standard output.")
@@ -98,7 +98,7 @@ class _Done:
             self._advance(self._count)
 
 
-def _rows(opened: Opened, data: Path) -> Sequence["Row"]:
+def _rows(opened: Opened, data: str) -> Sequence["Row"]:
     """Return the rows of the file under the run's column names; those of answers need not be there."""
     from onebase.data.reading import read_rows
 
