@@ -31,7 +31,7 @@ EVERYTHING: dict[str, Any] = {
         "eval_every": 1,
         "early_stopping_patience": 3,
         "keep_best": True,
-        "micro_batch_tokens": 70,
+        "micro_batch_tokens": 100,
         "activation_checkpointing": True,
         "save_every": 2,
     },

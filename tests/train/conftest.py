@@ -21,6 +21,6 @@ def finished(shop: Workshop) -> tuple[Path, Watching]:
     out, watching = shop.folder / "finished", Watching()
     other = [{"prompt": f"Define the noun {word}.", "completion": "Zebra!"} for word in ("dog", "cat", "away", "sat")]
     runs.write_rows(shop.valid, other)
-    train = {"epochs": 5, "learning_rate": 0.05, "eval_every": 2, "micro_batch_tokens": 70, "weight_decay": 0.01}
+    train = {"epochs": 5, "learning_rate": 0.05, "eval_every": 2, "micro_batch_tokens": 100, "weight_decay": 0.01}
     runs.run(shop.settings(adapter=FEW, train=train), out, watching=watching)
     return out, watching
