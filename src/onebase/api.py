@@ -83,7 +83,8 @@ class Bank:
             saving.save_tokenizer(self.base, new, template)
 
         task = "chat" if job is None else job.task
-        saving.write(Path(folder), self.base, self.adapters[name], task=task, fill=fill)
+        reading = None if job is None else saving.reading_of(job.reading)
+        saving.write(Path(folder), self.base, self.adapters[name], task=task, reading=reading, fill=fill)
         return Path(folder)
 
     def remove(self, name: str) -> None:

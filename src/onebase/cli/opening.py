@@ -79,8 +79,8 @@ def open_adapter(target: str, *, model: str | None = None, allow_base_mismatch: 
     if bank.base.tokenizer is not None and template.is_file():
         bank.base.tokenizer.chat_template = template.read_text(encoding="utf-8")
     run = _run_settings(folder)
-    data = run.get("data") or {}
     record = opened.stored.record
+    data = run.get("data") or (record.extras.get("data") if record is not None else None) or {}
     chats = bank.base.tokenizer is not None and bank.base.tokenizer.chat_template
     task = record.task if record is not None else run.get("task") or ("chat" if chats else "text")
     return Opened(

@@ -9,7 +9,7 @@ from typing import Any
 import onebase
 from onebase.adapters.bank import Adapter
 from onebase.base.model import Base
-from onebase.config.settings import Settings
+from onebase.config.settings import DataSettings, Settings
 from onebase.data.examples import read_template
 from onebase.files.atomic import write_synced
 from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, model_card
@@ -32,7 +32,8 @@ def save_run_adapter(folder: Path, member: Member, settings: Settings, data: Tra
         save_tokenizer(base, new, settings.data.template)
         write_synced(new / CARD_NAME, card)
 
-    return write(folder, base, adapter, task=settings.task, revision=settings.revision, fill=fill)
+    reading = reading_of(settings.data)
+    return write(folder, base, adapter, task=settings.task, revision=settings.revision, reading=reading, fill=fill)
 
 
 def write(
@@ -42,9 +43,13 @@ def write(
     *,
     task: str,
     revision: str | None = None,
+    reading: Mapping[str, Any] | None = None,
     fill: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write an adapter in PEFT's format with our record beside it and return the bytes of its tensor file."""
+    """Write an adapter in PEFT's format with our record beside it and return the bytes of its tensor file.
+
+    `reading` is how its rows were read (`reading_of`), so that whoever asks it later asks as in training.
+    """
     names = [name for name, _ in base.model.named_modules()]
     write_adapter(
         folder,
@@ -59,10 +64,17 @@ def write(
             dtype=str(base.dtype).removeprefix("torch."),
             task=task,
             seed=adapter.seed,
+            extras={"data": dict(reading)} if reading else {},
         ),
         fill=fill,
     )
     return (folder / TENSORS_NAME).stat().st_size
+
+
+def reading_of(settings: DataSettings) -> dict[str, Any]:
+    """Return the data settings that decide how a row becomes tokens, where they are not the defaults; no paths."""
+    kept = {"columns", "labels", "max_length", "system"}
+    return settings.model_dump(include=kept, exclude_defaults=True, exclude_none=True)
 
 
 def module_paths(names: list[str]) -> list[str]:
