@@ -196,7 +196,6 @@ def test_the_head_that_is_targeted_learns_in_the_space_of_labels():
     base = tiny.base_of(dtype=torch.float64)
     bank = tiny.bank_of(base, "one", "two", target_modules=["lm_head", "q_proj"])
     assert bank._layers["lm_head"].space is RowSpace.LABEL
-    assert bank.head is not None
     assert bank.head.update is bank._layers["lm_head"].low_rank
     examples = tiny.examples_of(9, 14, 5)
     batch = tiny.batch_of(examples, "one", None, "two")
@@ -219,3 +218,9 @@ def test_the_head_that_is_targeted_learns_in_the_space_of_labels():
             torch.testing.assert_close(found[name][key], gradient, rtol=1e-7, atol=1e-9)
     assert found["one"]["lm_head.lora_A.weight"].any()
     assert not found["dummy"]["lm_head.lora_A.weight"].any()
+
+
+def test_a_base_that_predicts_no_tokens_is_refused_by_name():
+    bank = Bank(tiny.base_of("bert"))
+    with pytest.raises(ConfigError, match=r"BertModel predicts no tokens.*causal language model"):
+        _ = bank.head

@@ -106,18 +106,18 @@ def peak_of(action) -> int:
 
 
 def test_trying_the_largest_batch_leaves_no_gradient_and_no_other_trace(bank, monkeypatch):
-    examples = examples_of(*[30] * 20)
+    examples = examples_of(*[10, 30] * 10, *[40] * 16)
     before = {name: tensor.clone() for name, tensor in bank.adapters["learner"].state.items()}
     tried = []
 
     def noted(chosen, numbers, owner):
-        tried.append(len(numbers))
+        tried.append(sum(len(example.token_ids) for example in chosen))
         return flatten(chosen, numbers, owner)
 
     monkeypatch.setattr(capacity, "flatten", noted)
     with tiny.global_randomness_untouched():
         assert capacity.fit_budget(bank, "learner", examples, 16, "auto") == 1024
-    assert max(tried) == 16  # the largest step that there can be was run
+    assert max(tried) == 16 * 40  # the largest step that there can be was run
     assert all(parameter.grad is None for _, parameter in bank.adapters["learner"].parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in bank.adapters["learner"].state.items())
 

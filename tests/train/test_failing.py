@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,11 @@ from onebase.adapters.bank import Bank
 from onebase.base.model import Base
 from onebase.config.methods import Lora
 from onebase.config.settings import TrainSettings
+from onebase.data.batches import flatten
+from onebase.data.examples import Example, Examples
 from onebase.errors import CapacityError, ConfigError, DataError, TrainingError
+from onebase.ops.loss import RowLosses
+from onebase.train import checks
 from onebase.train.member import Member
 from tests import tiny
 from tests.train import runs
@@ -191,3 +196,16 @@ def test_a_gradient_that_is_no_number_stops_the_step_before_it_changes_anything(
     with pytest.raises(TrainingError, match=words):
         member.run_step()
     assert member.books.step == step and all(torch.equal(before[name], t) for name, t in adapter.state.items())
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_loss_that_is_no_number_is_laid_at_its_own_rows_door(number):
+    """Also that of an example's second token, which its very first row predicts."""
+    marks = np.array([False, True, True])
+    examples = Examples(Example(np.array([5, 6, 7], np.int32), marks, f"row {n}", {}) for n in range(3))
+    batch = flatten(list(examples), range(3), "learner")
+    for label in (0, 1):
+        losses = torch.zeros(6)
+        losses[2 * number + label] = float("inf")
+        with pytest.raises(TrainingError, match=rf"\(1 of 6 labelled tokens\), first in row {number}\."):
+            checks.check_losses(RowLosses(losses, losses == 0), batch, examples, 1)

@@ -85,7 +85,6 @@ def test_parts_of_epochs_are_rounded_up(per_epoch, epochs, steps):
     assert total_steps_of(per_epoch, epochs, None) == steps
 
 
-@pytest.mark.xfail(strict=True, reason="total_steps_of rounds up what binary fractions leave over")
 @pytest.mark.parametrize(("per_epoch", "epochs", "steps"), [(100, 1.1, 110), (300, 2.47, 741)])
 def test_binary_fractions_add_no_step(per_epoch, epochs, steps):
     assert total_steps_of(per_epoch, epochs, None) == steps

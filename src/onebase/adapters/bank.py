@@ -174,11 +174,20 @@ class Bank:
         return Route(sole_owner=NO_OWNER if name is None else self._number(name))
 
     @property
-    def head(self) -> HeadRecord | None:
-        """The output head as the loss takes it, with the low-rank pairs on it."""
+    def head(self) -> HeadRecord:
+        """The output head as the loss takes it, with the low-rank pairs on it.
+
+        Raises:
+            ConfigError: the base has no output head.
+        """
         head = self.base.head
+        if head is None:
+            raise ConfigError(
+                f"{self.base.name}: a {type(self.base.model).__name__} predicts no tokens, so the tasks chat and text "
+                "cannot be learned or measured on it. Choose a causal language model."
+            )
         layer = self._layers.get(self._head_path or "")
-        if head is None or layer is None:
+        if layer is None:
             return head
         return HeadRecord(head.weight, head.bias, head.scale, head.soft_cap, layer.low_rank)
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from onebase.config.methods import PRESETS, in_preset
 from onebase.errors import TargetError, list_problems
 
-PRESETS = ("all-linear", "attention", "mlp")
 _V = TypeVar("_V")
 
 
@@ -120,7 +120,7 @@ def _named(
 ) -> list[Candidate]:
     """Return the candidates that a setting names; every name that matches none becomes a problem."""
     if isinstance(names, str) and names in PRESETS:
-        found = [c for c in candidates if _in_preset(c, names)]
+        found = [c for c in candidates if in_preset(c.role, names)]
         if not found:
             problems.append(f"{where}: {names!r} matches none of the layers of {model_name}.")
         return found
@@ -143,12 +143,6 @@ def _named(
             problems.append(f"{where}: {name!r} {_nothing(name, candidates, model_name)}")
         keep += hits
     return [c for c in candidates if c in keep]
-
-
-def _in_preset(candidate: Candidate, preset: str) -> bool:
-    if candidate.role in ("head", "router", "embedding"):
-        return False
-    return preset == "all-linear" or candidate.role == preset
 
 
 def _ends_and_kinds(chosen: Sequence[Candidate]) -> list[str]:

@@ -19,18 +19,16 @@ from typing import Any, Literal
 
 from torch import nn
 
+from onebase.config.methods import in_preset
 from onebase.errors import TargetError
 
 Kind = Literal["linear", "transposed-linear", "quantised-linear", "conv1d", "conv2d", "embedding", "experts"]
 Role = Literal["attention", "mlp", "head", "router", "embedding", "other"]
-Preset = Literal["all-linear", "attention", "mlp"]
-PRESETS: tuple[Preset, ...] = ("all-linear", "attention", "mlp")
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|dense_?relu|experts?\b|\bmoe|sparse_moe|intermediate|\bfc\d", re.IGNORECASE)
 _ROUTER = re.compile(r"gate|router", re.IGNORECASE)
 _MLP_OUTPUT = {"output", "intermediate"}  # BERT's family: the second half of the block has no name of its own
-_NOT_ALL = {"head", "router", "embedding"}
 _TASK_HEADS = {"score", "classifier", "qa_outputs", "classification_head", "lm_head", "embed_out"}
 
 
@@ -105,7 +103,7 @@ def list_modules(model: nn.Module) -> list[Module]:
     return modules
 
 
-def preset_paths(model: nn.Module, preset: Preset) -> list[str]:
+def preset_paths(model: nn.Module, preset: str) -> list[str]:
     """Return the paths of the modules that a preset means.
 
     `all-linear` is PEFT's: every linear layer but the output head (nor a router); `attention` and `mlp` are the
@@ -115,11 +113,7 @@ def preset_paths(model: nn.Module, preset: Preset) -> list[str]:
         TargetError: the model has none.
     """
     modules = list_modules(model)
-    meant = [
-        module
-        for module in modules
-        if module.role not in _NOT_ALL and (preset == "all-linear" or module.role == preset)
-    ]
+    meant = [module for module in modules if in_preset(module.role, preset)]
     chosen = [module.path for module in meant if module.available]
     if not chosen:
         kinds = ", ".join(sorted({module.kind for module in meant})) or "nothing at all"

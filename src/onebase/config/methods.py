@@ -29,6 +29,20 @@ def _patterns(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+PRESETS = ("all-linear", "attention", "mlp")
+"""What `target_modules` may say instead of names."""
+
+
+def in_preset(role: str, preset: str) -> bool:
+    """Return whether a linear layer of this role in its model belongs to a preset.
+
+    all-linear is PEFT's: every linear layer but the output head, embeddings and routers.
+    """
+    if role in ("head", "router", "embedding"):
+        return False
+    return preset == "all-linear" or role == preset
+
+
 Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[int | float, Field(gt=0)]

@@ -55,7 +55,6 @@ def evaluate(
     if not examples.label_count:
         raise DataError(f"{len(examples)} examples without a labelled token: there is nothing to evaluate.")
     head = bank.head
-    assert head is not None, "a language model has a head"
     loss_sum, correct, labels, done = 0.0, 0, 0, 0
     for batch in micro_batches(examples, range(len(examples)), batch_tokens, name):
         route = bank.route(batch.layout)

@@ -12,7 +12,6 @@ from onebase.adapters.bank import Bank
 from onebase.base.route import RowSpace
 from onebase.data.batches import FlatBatch
 from onebase.ops.loss import RowLosses, head_loss
-from onebase.ops.rows import take_rows
 
 
 def forward_loss(
@@ -23,12 +22,11 @@ def forward_loss(
     Args:
         dropout_step: the step that keys dropout; None switches it off.
     """
+    head = bank.head
     route = bank.route(batch.layout, label_rows=batch.label_rows, dropout_step=dropout_step)
     hidden = bank.base.hidden(batch.token_ids, route)
     device = hidden.device
-    rows = take_rows(hidden, batch.label_rows)
-    head = bank.head
-    assert head is not None, "a language model has a head"
+    rows = hidden.index_select(0, batch.label_rows.to(device))  # one row may predict for several examples
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     weights = torch.full(batch.label_ids.shape, label_weight, dtype=dtype, device=device)
     segments, keys = route.rows[RowSpace.LABEL], route.row_keys.get(RowSpace.LABEL)
