@@ -39,6 +39,17 @@ def test_a_wrong_mask_window_cap_or_scale_is_seen(monkeypatch, name, changes):
     assert broken_base(monkeypatch, name, **changes) == "padded"
 
 
+def test_numbers_that_are_none_are_seen(monkeypatch):
+    """NaN compares as not larger than anything, so it would pass for no difference."""
+    import onebase.base.flat as flat
+
+    def spoiled(*parts):
+        return attention.flat_attention(*parts) * float("nan")
+
+    monkeypatch.setattr(flat, "flat_attention", spoiled)
+    assert tiny.base_of("llama").layout_kind == "padded"
+
+
 def test_an_encoder_with_a_wrong_mask_is_seen(monkeypatch):
     assert broken_base(monkeypatch, "bert", causal=True) == "padded"
 

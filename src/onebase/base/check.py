@@ -136,7 +136,7 @@ def _difference(base: Base, examples: list[Tensor], expected: list[tuple[Tensor,
     """Return the largest difference of logits and losses, relative to the largest logit."""
     layout, ids = _lay_out(examples, base.shares_prefixes)
     hidden = base.hidden(ids, probe_route(base, layout))
-    worst = 0.0
+    found = [0.0]
     for rows, (own, own_loss) in zip(_rows_of_examples(layout), expected, strict=True):
         ours = hidden[rows.to(hidden.device)]
         largest = float(own.abs().max())
@@ -144,10 +144,10 @@ def _difference(base: Base, examples: list[Tensor], expected: list[tuple[Tensor,
             logits = base.head.logits(ours, Segments.of([len(rows)], [NO_OWNER]))
             labels = ids[rows][1:].to(ours.device)
             loss = F.cross_entropy(logits[:-1].float(), labels)
-            worst = max(worst, float((loss - own_loss).abs()) / max(float(own_loss), 1e-6))
+            found.append(float((loss - own_loss).abs()) / max(float(own_loss), 1e-6))
             ours = logits
-        worst = max(worst, float((ours.to(own.dtype) - own).abs().max()) / max(largest, 1e-6))
-    return worst
+        found.append(float((ours.to(own.dtype) - own).abs().max()) / max(largest, 1e-6))
+    return float(torch.tensor(found, dtype=torch.float64).max())  # unlike Python's max, NaN if any is
 
 
 def probe_route(base: Base, layout: Layout) -> Route:
