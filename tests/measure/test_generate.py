@@ -106,6 +106,13 @@ def test_an_answer_stays_within_the_models_limit(bank):
     assert len(answer) <= 3
 
 
+def test_a_neighbour_near_the_models_limit_cuts_no_answer_short(bank):
+    short, long = _prompts(5, bank.base.max_length - 2)
+    alone = generate(bank, "a", [short], max_new_tokens=9)
+    assert len(alone[0]) > 2
+    assert generate(bank, "a", [short, long], max_new_tokens=9)[:1] == alone
+
+
 def test_prompts_that_cannot_be_answered_are_refused(bank):
     with pytest.raises(DataError, match="prompt 2 has no tokens"):
         generate(bank, "a", [[3], []])

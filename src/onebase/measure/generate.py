@@ -69,15 +69,15 @@ def generate(
         if on_token is not None:
             on_token(number, token)
 
-    for numbers in _batches(prompts, max_new_tokens):
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompts[numbers[-1]]))
+    rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    for numbers in _batches([len(prompt) for prompt in prompts], rooms):
         with bank.base.native(bank.sole_route(name)) as model:
             _generate_batch(
                 model,
                 [prompts[number] for number in numbers],
                 collector=_Collector(numbers, ends, take),
                 noise=_Noise(numbers, temperature, seed) if temperature > 0 else None,
-                max_new_tokens=room,
+                max_new_tokens=rooms[numbers[0]],
                 ends=ends,
             )
     return answers
@@ -119,12 +119,13 @@ def _check_prompt(number: int, prompt: Sequence[int], limit: int | None) -> None
         )
 
 
-def _batches(prompts: Sequence[list[int]], max_new_tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of prompts to be answered together, shortest first; the last one of a batch is the longest."""
+def _batches(lengths: Sequence[int], rooms: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the numbers of prompts to be answered together, shortest first; all of a batch have the same room."""
     batch: list[int] = []
-    for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number])):
-        tokens = (len(batch) + 1) * (len(prompts[number]) + max_new_tokens)
-        if batch and (len(batch) == ROWS_PER_BATCH or tokens > TOKENS_PER_BATCH):
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        tokens = (len(batch) + 1) * (lengths[number] + rooms[number])
+        full = len(batch) == ROWS_PER_BATCH or tokens > TOKENS_PER_BATCH
+        if batch and (full or rooms[number] != rooms[batch[0]]):
             yield batch
             batch = []
         batch.append(number)
