@@ -160,6 +160,7 @@ def test_an_empty_file_is_refused_by_name(tmp_path, name, content):
         ("a.json", '[{"a": 1},\n{"a": }]', "line 2: not valid JSON in the row that starts here"),
         ("a.json", '[{"a": 1}\n{"a": 2}]', "line 2: not valid JSON: expected ',' or ']'"),
         ("a.json", '[{"a": 1}', "not valid JSON"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', "line 1: not valid JSON: .* follows the end of the list"),
         ("a.parquet", "PAR1 no", "not a readable Parquet file"),
         ("a.txt", "hello", r"'\.txt' is no known data format; known are \.jsonl"),
     ],

@@ -197,6 +197,9 @@ def _read_json(path: Path) -> Iterator[Row]:
         while position < len(text) and text[position] in space:
             position += 1
         if text[position : position + 1] == "]":
+            if rest := text[position + 1 :].strip():
+                line += text.count("\n", counted, position)
+                raise DataError(f"{name} line {line}: not valid JSON: {_excerpt(rest)} follows the end of the list.")
             return
         line, counted = line + text.count("\n", counted, position), position
         place = f"{name} line {line}"
@@ -218,7 +221,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
     name = shown(path)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is less than a long text
     with path.open("rb") as file:
-        lines = csv.reader(_decoded_lines(file, name), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        lines = csv.reader(
+            _decoded_lines(file, name), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+        )
         header: list[str] | None = None
         while True:
             line = lines.line_num + 1
