@@ -54,7 +54,7 @@ def fit_budget(
                 _try_largest(bank, name, examples, batch_size, budget)
             return budget
         except torch.OutOfMemoryError as error:
-            bank.base.model.zero_grad(set_to_none=True)
+            _clear_gradients(bank, name)
             if not automatic or budget <= longest:
                 raise CapacityError(
                     f"a micro-batch of {max(budget, longest)} tokens does not fit the memory of {bank.base.device}. Set "
@@ -120,6 +120,10 @@ def _forward_and_backward(bank: Bank, name: str, examples: Examples, numbers: Se
     batch = flatten([examples[n] for n in numbers], list(numbers), name)
     total, _ = forward_loss(bank, batch, 1 / batch.label_count, dropout_step=0)
     total.backward()  # type: ignore[no-untyped-call]
+    _clear_gradients(bank, name)
+    return batch.layout.token_count
+
+
+def _clear_gradients(bank: Bank, name: str) -> None:
     for _, parameter in bank.adapters[name].parameters():
         parameter.grad = None
-    return batch.layout.token_count
