@@ -45,8 +45,8 @@ class Node:
 class Group:
     """Nodes attended together: `count` of them, each `width` slots wide, from slot `first_slot` on.
 
-    `ancestors` holds, for each node, the flat rows of its ancestors' tokens, padded with row 0 where `ancestor_count`
-    is smaller than its width; None when no node of the group has a parent.
+    `ancestors` holds, for each node, the flat rows of its ancestors' tokens, padded with the node's own first row where
+    `ancestor_count` is smaller than its width; None when no node of the group has a parent.
     """
 
     first_slot: int
