@@ -9,7 +9,7 @@ import yaml
 
 from onebase.base.model import load
 from onebase.config.reading import read_settings
-from onebase.errors import FileFormatError
+from onebase.errors import ConfigError, FileFormatError
 from onebase.measure.evaluate import evaluate
 from onebase.train.data import load_data
 from onebase.train.opening import open_adapter
@@ -223,3 +223,9 @@ def test_a_warm_start_of_another_rank_is_refused_by_name(shop, finished, tmp_pat
 def test_the_configuration_file_of_a_run_is_yaml_that_people_can_read(finished):
     written = yaml.safe_load((finished[0] / "config.yaml").read_text())
     assert written["adapter"]["r"] == 4 and written["train"]["learning_rate"] == 0.05
+
+
+def test_a_warm_start_under_another_scaling_is_refused(shop, finished, tmp_path):
+    settings = shop.settings("train.steps=2", f"adapter.init_from={finished[0]}", adapter=FEW | {"lora_alpha": 5})
+    with pytest.raises(ConfigError, match=r"init_from.*scaling.*lora_alpha"):
+        runs.run(settings, tmp_path / "warm")

@@ -15,12 +15,14 @@ import torch
 
 import onebase
 from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.lora import rank_and_alpha, scaling_of
 from onebase.base.model import load
+from onebase.config.methods import Lora
 from onebase.config.reading import read_settings
 from onebase.config.settings import Settings, TrainSettings
 from onebase.config.writing import diff_settings, dump_settings
 from onebase.data.examples import Examples
-from onebase.errors import FileFormatError, ResumeError, TrainingError, list_problems
+from onebase.errors import ConfigError, FileFormatError, ResumeError, TrainingError, list_problems
 from onebase.files.atomic import ensure_writable
 from onebase.files.checkpoint import Checkpoint
 from onebase.files.peft_format import read_adapter
@@ -126,7 +128,22 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
                 "Set model to its own base, or start without it."
             )
         tensors = stored.tensors
-    return bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
+    adapter = bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
+    if source is not None:
+        _check_same_scaling(adapter, stored.settings, source)
+    return adapter
+
+
+def _check_same_scaling(adapter: Adapter, stored: Lora, source: Path) -> None:
+    """Raise if the weights of a warm start were trained under another scaling: they would be another function here."""
+    for path, target in adapter.targets.items():
+        trained_under = scaling_of(*rank_and_alpha(stored, path), stored.use_rslora)
+        if target.scaling != trained_under:
+            raise ConfigError(
+                f"adapter.init_from: the weights in {source} were trained with scaling {trained_under:g} on {path}, these "
+                f"settings give {target.scaling:g}. Set adapter.lora_alpha and use_rslora as they were there "
+                f"(lora_alpha: {stored.lora_alpha:g}, use_rslora: {str(stored.use_rslora).lower()})."
+            )
 
 
 def start(job: Job, folder: RunFolder | None, checkpoint: Checkpoint | None, progress: Progress) -> Member:
@@ -248,6 +265,7 @@ _SAME = {
     "base_fingerprint": "the base",
     "train_fingerprint": "the training rows",
     "valid_fingerprint": "the validation rows",
+    "dtype": "the base's number format",
 }
 
 
