@@ -135,7 +135,7 @@ CASES: dict[str, dict[str, Any]] = {
     "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
     "ranks": {
         "target_modules": "all-linear",
-        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 5, "proj": 7},
+        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 5, r".*\.down_proj": 7},
         "alpha_pattern": {"v_proj": 5, r".*\.0\..*": 9},
     },
     "whole-path rank": {"target_modules": ["q_proj"], "rank_pattern": {"model.layers.0.self_attn.q_proj": 2}},
@@ -191,6 +191,15 @@ def test_a_name_that_matches_nothing_beside_one_that_does_is_named_with_the_clos
     assert "'zzz' matches none" in message
     assert "onebase targets tiny-llama" in message
     assert "q_proj' matches" not in message
+
+
+def test_a_pattern_of_ranks_or_alphas_that_means_no_target_is_named_with_the_closest():
+    message = error_of(
+        target_modules=["q_proj", "v_proj"], rank_pattern={"q_prj": 2, "v_proj": 3}, alpha_pattern={"up_proj": 5}
+    )
+    assert "adapter.rank_pattern: 'q_prj' matches none of the 4 targets; closest is 'q_proj'" in message
+    assert "adapter.alpha_pattern: 'up_proj' matches none" in message  # a layer of the model, but no target
+    assert "'v_proj' matches" not in message
 
 
 @pytest.mark.parametrize("expression", ["q_prj", "q_proj"])

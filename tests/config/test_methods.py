@@ -53,6 +53,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"layers_pattern": "h"}, "layers_pattern: needs 'layers_to_transform', which is not given. Add it or remove"),
     ({"rank_pattern": 4}, "rank_pattern: must be a mapping, got 4."),
     ({"rank_pattern": {"q.proj": 0}}, "rank_pattern.q.proj: must be at least 1, got 0."),
+    ({"alpha_pattern": {"*q": 4}}, "alpha_pattern: '*q' must be a name, a suffix or a regular expression"),
     ({"rank_pattern": {"q": "a"}}, "rank_pattern.q: must be a whole number, got 'a'."),
     ({"alpha_pattern": {"q": -1}}, "alpha_pattern.q: must be above 0, got -1."),
     (

@@ -1,5 +1,6 @@
 """Settings as plain values, the way a YAML file holds them, drawn by hypothesis."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def _some(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrate
 
 _file = st.sampled_from(FILES).map(lambda name: f"./{name}")
 _hub = st.sampled_from(["hub:org/name:train[:10%]", "hub:org/name/config:train"])
+_patterns = WORDS.map(re.escape) | st.sampled_from(["q_proj", r".*\.\d\.mlp\..*"])
 _rank = st.integers(1, 512)
 _alpha = st.integers(1, 512) | _number(0, 512)
 _names = st.sampled_from(["all-linear", "q_proj", r".*\.mlp\..*"]) | st.lists(WORDS, min_size=1, max_size=3)
@@ -45,8 +47,8 @@ adapters = _some(
         "target_modules": _names,
         "exclude_modules": _names,
         "layers_to_transform": st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
-        "rank_pattern": st.dictionaries(WORDS, _rank, max_size=3),
-        "alpha_pattern": st.dictionaries(WORDS, _alpha, max_size=3),
+        "rank_pattern": st.dictionaries(_patterns, _rank, max_size=3),
+        "alpha_pattern": st.dictionaries(_patterns, _alpha, max_size=3),
         "init_lora_weights": st.sampled_from([True, False, "gaussian"]),
         "init_from": st.just("adapter"),
     },

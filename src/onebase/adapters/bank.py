@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.lora import LoraTarget, make_target
-from onebase.adapters.matching import Candidate, choose_targets
+from onebase.adapters.matching import Candidate, check_patterns, choose_targets
 from onebase.base.model import Base, padded_rows, padded_segments
 from onebase.base.route import Route, RowSpace
 from onebase.base.targets import list_targets
@@ -120,6 +120,8 @@ class Bank:
             layers_pattern=settings.layers_pattern,
             model_name=self.base.name,
         )
+        patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+        check_patterns(patterns, match.paths, self.base.name)
         targets = {}
         for path in match.paths:
             shape = self._module(path).weight.shape

@@ -57,14 +57,34 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def for_path(patterns: Mapping[str, _V], path: str, otherwise: _V) -> _V:
-    """Return the value of the first pattern that matches the end of `path`, or `otherwise`.
+    """Return the value of the first pattern that means `path`, or `otherwise`."""
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), otherwise)
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Return whether a key of rank_pattern or alpha_pattern means `path`.
 
     Source: peft.utils.other.get_pattern_key: each key is a regular expression for the path or its end.
     """
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return otherwise
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def check_patterns(patterns: Mapping[str, Iterable[str]], paths: Sequence[str], model_name: str) -> None:
+    """Raise unless every key of rank_pattern and alpha_pattern (`patterns`, by setting) means one of the targets.
+
+    Raises:
+        TargetError: all keys that mean none.
+    """
+    ends = sorted({path.rpartition(".")[2] for path in paths})
+    problems = [
+        f"adapter.{setting}: {key!r} matches none of the {len(paths)} targets; {_closest(key, ends)}. List them: "
+        f"onebase targets {model_name}"
+        for setting, keys in patterns.items()
+        for key in keys
+        if not any(pattern_matches(key, path) for path in paths)
+    ]
+    if problems:
+        raise TargetError(list_problems("adapter", problems))
 
 
 def choose_targets(
@@ -154,9 +174,14 @@ def _nothing(name: str, candidates: Sequence[Candidate], model_name: str) -> str
     """Return the sentence about a name that matches nothing."""
     linear = [c for c in candidates if c.kind == "linear"]
     ends = sorted({c.path.rpartition(".")[2] for c in linear} | set(PRESETS))
-    close = difflib.get_close_matches(name.rpartition(".")[2], ends, 1, 0.5)
-    hint = f"closest is {close[0]!r}" if close else f"there are {', '.join(ends)}"
+    hint = _closest(name, ends)
     return f"matches none of {len(linear)} linear layers; {hint}. List them: onebase targets {model_name}"
+
+
+def _closest(name: str, ends: Sequence[str]) -> str:
+    """Return which of the last names was perhaps meant, or all of them."""
+    close = difflib.get_close_matches(name.rpartition(".")[2], ends, 1, 0.5)
+    return f"closest is {close[0]!r}" if close else f"there are {', '.join(ends)}"
 
 
 def _partial(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> list[str]:

@@ -29,6 +29,15 @@ def _patterns(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+def _regular(patterns: dict[str, Any]) -> dict[str, Any]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} must be a name, a suffix or a regular expression ({error}).") from None
+    return patterns
+
+
 PRESETS = ("all-linear", "attention", "mlp")
 """What `target_modules` may say instead of names."""
 
@@ -75,10 +84,10 @@ class Lora(Section):
     layers_pattern: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None, description="The name of the list of blocks, where it is not found by itself."
     )
-    rank_pattern: dict[str, Rank] = Field(
+    rank_pattern: Annotated[dict[str, Rank], AfterValidator(_regular)] = Field(
         default_factory=dict, description="Another r for some targets: a name, suffix or regular expression -> r."
     )
-    alpha_pattern: dict[str, Alpha] = Field(
+    alpha_pattern: Annotated[dict[str, Alpha], AfterValidator(_regular)] = Field(
         default_factory=dict, description="Another lora_alpha for some targets, as in rank_pattern."
     )
     init_lora_weights: Literal[True, False, "gaussian"] = Field(

@@ -6,10 +6,12 @@ nobody here knows is mentioned unless it holds nothing (null, false, 0, "", [], 
 Source: peft 0.21.2, tuners/lora/config.py. The meaning of the fields is the same from peft 0.5 on. No torch.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from onebase.adapters.matching import pattern_matches
 from onebase.config.methods import Lora
 from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.files.json_file import Fits, is_int, is_number, read_json
@@ -54,7 +56,15 @@ def _is_layers(value: Any) -> bool:
 
 
 def _is_patterns(fits: Fits) -> Fits:
-    return lambda value: isinstance(value, dict) and all(fits(one) for one in value.values())
+    return lambda value: isinstance(value, dict) and all(_is_regular(key) and fits(value[key]) for key in value)
+
+
+def _is_regular(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _is_rank(value: Any) -> bool:
@@ -149,16 +159,16 @@ def settings_of(path: Path, config: Mapping[str, Any], module_paths: Iterable[st
     Raises:
         FileFormatError: a value that the settings do not allow.
     """
-    start = config.get("init_lora_weights")
+    start, paths = config.get("init_lora_weights"), sorted(module_paths)
     try:
         return Lora(
             r=config["r"],
             lora_alpha=_whole(config["lora_alpha"]),
             lora_dropout=config.get("lora_dropout", 0.0),
             use_rslora=config.get("use_rslora", False),
-            target_modules=sorted(module_paths),
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern={key: _whole(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+            target_modules=paths,
+            rank_pattern=_in_use(config.get("rank_pattern"), paths),
+            alpha_pattern={key: _whole(value) for key, value in _in_use(config.get("alpha_pattern"), paths).items()},
             init_lora_weights="gaussian" if _word(start) == "gaussian" else start is not False,
         )
     except ConfigError as error:
@@ -183,6 +193,12 @@ def stored_targets(config: Mapping[str, Any]) -> TargetNames:
         _fixed(config.get("layers_to_transform")),
         _fixed(config.get("layers_pattern")),
     )
+
+
+def _in_use(patterns: Mapping[str, Any] | None, module_paths: Iterable[str]) -> dict[str, Any]:
+    """Return the patterns that mean one of the modules: PEFT keeps the others too, to no effect."""
+    paths = list(module_paths)
+    return {key: value for key, value in (patterns or {}).items() if any(pattern_matches(key, path) for path in paths)}
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:
