@@ -120,7 +120,7 @@ class Bank:
             layers_pattern=settings.layers_pattern,
             model_name=self.base.name,
         )
-        patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+        patterns = {"rank_pattern": [*settings.rank_pattern], "alpha_pattern": [*settings.alpha_pattern]}
         check_patterns(patterns, match.paths, self.base.name)
         targets = {}
         for path in match.paths:
