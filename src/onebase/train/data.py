@@ -57,6 +57,7 @@ def load_data(settings: DataSettings, task: str, base: Reader) -> TrainingData:
     names = _names(settings.train)
     if isinstance(settings.valid, float):
         rows, held_out = split_by_hash(rows, settings.valid)
+        held_out = list({row.place: row for row in held_out}.values())  # a weight counts in training alone
         valid = prepare(
             held_out, settings, task, base, tuple(f"{name} ({settings.valid:g} held out)" for name in names)
         )
