@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -241,6 +242,31 @@ def test_mistakes_are_named(shop, base, tmp_path):
 def test_evaluations_without_rows_to_evaluate_on_are_refused(setting):
     with pytest.raises(ConfigError, match="valid"):
         ob.Job(data=runs.definitions(4), **setting)
+
+
+@pytest.mark.parametrize("setting", ["save_every", "keep_checkpoints"])
+def test_checkpoints_of_a_job_without_a_folder_are_refused(setting):
+    settings: dict[str, Any] = {setting: 1}
+    with pytest.raises(ConfigError, match=f"{setting}: .* folder"):
+        ob.Job(data=runs.definitions(4), **settings)
+
+
+@pytest.mark.parametrize("source", ["train", "valid", "test"])
+def test_rows_named_where_a_job_would_not_read_them_are_refused(source):
+    with pytest.raises(ConfigError, match=f"{source}: .*data=ROWS"):
+        ob.Job(data=runs.definitions(4), reading={source: 0.5})
+
+
+def test_a_job_computes_with_the_threads_it_asks_for(shop, base):
+    before = torch.get_num_threads()
+    try:
+        bank = ob.Bank(base)
+        bank.add("a", ob.Lora(r=2))
+        watching = runs.Watching()
+        ob.train(bank, {"a": ob.Job(data=runs.definitions(2), steps=1, threads=before + 1)}, progress=watching)
+        assert watching.plans[0].threads == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_rows_and_no_labels_are_data_errors(shop, base):

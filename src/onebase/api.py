@@ -17,6 +17,7 @@ from typing import Any
 from onebase.adapters.bank import Adapter
 from onebase.adapters.bank import Bank as RoutedBank
 from onebase.base import pretrained
+from onebase.base.device import use_threads
 from onebase.base.model import Base, load
 from onebase.config.methods import Lora
 from onebase.config.settings import DataSettings, TrainSettings
@@ -33,6 +34,7 @@ from onebase.train.stop import StopRequest
 __all__ = ["Adapter", "Bank", "Base", "Job", "Lora", "Result", "Scores", "evaluate", "load", "model_path", "train"]
 
 Rows = str | Path | Sequence[Mapping[str, Any]]
+_EVALUATE = ("eval_every", "early_stopping_patience", "keep_best")
 
 
 class Bank:
@@ -109,7 +111,7 @@ class Job:
         data, valid: a path, or rows as mappings.
         task: "chat" or "text".
         reading: how rows become examples: max_length, columns, labels, system, template, on_bad_row, shuffle.
-        settings: everything under `train:`: learning_rate, epochs, batch_size, ...
+        settings: what stands under `train:`, without checkpoints: learning_rate, epochs, batch_size, ...
 
     Raises:
         ConfigError: a setting is wrong.
@@ -124,12 +126,18 @@ class Job:
         reading: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
+        reading = reading or {}
+        for given, names, why in (
+            (reading, ("train", "valid", "test"), "a job's rows are data=ROWS and valid=ROWS. Remove it from reading."),
+            (settings, ("save_every", "keep_checkpoints"), "a job has no run's folder for checkpoints. Remove it."),
+            ({} if valid is not None else settings, _EVALUATE, "rows to evaluate on are needed. Give valid=ROWS."),
+        ):
+            found = [name for name in names if given.get(name)]
+            if found:
+                raise ConfigError(f"{' and '.join(found)}: {why}")
         self.data, self.valid, self.task = data, valid, task
-        self.reading = DataSettings(train="rows", **(reading or {}))  # type: ignore[arg-type]
+        self.reading = DataSettings(train="rows", **reading)  # type: ignore[arg-type]
         self.settings = TrainSettings(**settings)
-        needing = [name for name in ("eval_every", "early_stopping_patience") if settings.get(name) is not None]
-        if valid is None and needing:
-            raise ConfigError(f"{' and '.join(needing)}: rows to evaluate on are needed. Give the job valid=ROWS.")
 
 
 def train(bank: Bank, jobs: Mapping[str, Job], *, progress: Progress | None = None) -> Result | dict[str, Result]:
@@ -151,6 +159,7 @@ def train(bank: Bank, jobs: Mapping[str, Job], *, progress: Progress | None = No
 
 def _train_one(bank: Bank, name: str, job: Job, progress: Progress) -> Result:
     base = bank.base
+    use_threads(job.settings.threads)
     rows = load_rows(job.data, job.reading, job.task, base).examples
     valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base).examples
     bank.remember(name, job)

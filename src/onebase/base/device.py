@@ -1,6 +1,6 @@
-"""Which device and which number format a base gets: the settings `device` and `dtype`, resolved for this machine.
+"""Where and in which number format a base computes: the settings `device`, `dtype` and `threads` on this machine.
 
-Called by model.py. Knows torch alone; what a model's own code needs is not its business.
+Called by model.py, and by those who train. Knows torch alone; what a model's own code needs is not its business.
 """
 
 import torch
@@ -51,6 +51,12 @@ def resolve_dtype(name: str = "auto", device: str = "cpu") -> torch.dtype:
     if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch compute with so many CPU threads from now on; None leaves it its own choice."""
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 def _check_cuda(index: int, name: str) -> None:

@@ -16,6 +16,7 @@ import torch
 import onebase
 from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.lora import rank_and_alpha, scaling_of
+from onebase.base.device import use_threads
 from onebase.base.model import load
 from onebase.config.methods import Lora
 from onebase.config.reading import read_settings
@@ -35,11 +36,10 @@ from onebase.train.capacity import fit_budget
 from onebase.train.data import load_data
 from onebase.train.loop import Loop, restore_best_
 from onebase.train.member import Member
+from onebase.train.opening import ADAPTER
 from onebase.train.progress import Plan, Progress, Quiet
 from onebase.train.saving import save_run_adapter
 from onebase.train.stop import StopRequest
-
-ADAPTER = "adapter"
 
 
 def train_run(
@@ -69,8 +69,7 @@ def train_run(
             if done is not None:
                 progress.note(f"{out}: the run has finished already; nothing was done.")
                 return done
-        if settings.train.threads is not None:
-            torch.set_num_threads(settings.train.threads)
+        use_threads(settings.train.threads)
         checkpoint = folder.load_checkpoint() if resume else None
         base = load(
             settings.model,
