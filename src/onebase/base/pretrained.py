@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from onebase.base import hub
 from onebase.base.cache import Say, build_once, home, say_on_stderr
-from onebase.base.device import resolve_device as resolve_device  # noqa: PLC0414 (model.py reads both from here)
-from onebase.base.device import resolve_dtype as resolve_dtype  # noqa: PLC0414
 from onebase.base.fingerprint import file_sha256
 from onebase.base.packages import PACKAGES, fetch
 from onebase.base.place import (

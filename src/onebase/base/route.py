@@ -8,7 +8,7 @@ backward runs on autograd's own threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -90,6 +90,3 @@ class _Use(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self._slot.route = self._before.pop()
-
-
-ContextFunction = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
