@@ -6,7 +6,7 @@ are kept. `HeadRecord` says what stands between hidden states and logits:
 
     logits = soft_cap * tanh(z / soft_cap),  z = scale * (h W^T + b + sum_k s_k h A_k^T B_k^T over row owners k)
 
-`reference` is the meaning. `head_loss` is what runs. Cost: 2 * rows * hidden * vocab multiply-adds forward, the same
+`reference` is the meaning. `head_loss` is what runs. Cost: rows * hidden * vocab multiply-adds forward, the same
 again backward (twice that when W is trained); memory: two chunks of logits.
 """
 

@@ -8,7 +8,7 @@ where m_i is the adapter's dropout mask divided by its keep probability (ones wh
 meaning; `add_low_rank_` is what runs: it adds in place (0.16 against 0.42 ms at 500 rows), keeps only h = A x for the
 backward, and takes every index as a tensor, so that a compiler sees one custom operation whatever the batch.
 
-Cost: 2 * rows * r * (in + out) multiply-adds forward, twice that backward. Called by adapters/layer.py.
+Cost: rows * r * (in + out) multiply-adds forward, twice that backward. Called by adapters/layer.py.
 """
 
 from __future__ import annotations
