@@ -127,6 +127,27 @@ def test_rows_are_evaluated_as_the_job_read_them(shop, base):
     assert ob.evaluate(bank, "a", renamed).examples == 4
 
 
+@pytest.mark.parametrize("task", ["chat", "text"])
+def test_the_rows_of_a_loaded_adapter_are_read_as_in_its_training(base, tmp_path, task):
+    chats = [{"question": row["prompt"], "answer": row["completion"]} for row in runs.definitions(4)]
+    rows: list[dict[str, str]] = chats
+    reading: dict[str, Any] = {"columns": {"prompt": "question", "completion": "answer"}, "system": "Be brief."}
+    if task == "chat":
+        (tmp_path / "chat.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+                                             "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+        reading["template"] = tmp_path / "chat.jinja"
+    else:
+        rows, reading = [{"text": row["answer"]} for row in chats], {"max_length": 9}
+    bank = ob.Bank(base)
+    bank.add("a", ob.Lora(r=2))
+    ob.train(bank, {"a": ob.Job(data=rows, task=task, reading=reading, steps=1)})
+    bank.load("b", bank.save("a", tmp_path / "a"))
+    bank.load("c", bank.save("b", tmp_path / "b"))
+    scores = ob.evaluate(bank, "a", rows)
+    assert scores == ob.evaluate(bank, "b", rows) == ob.evaluate(bank, "c", rows)
+    assert (tmp_path / "a" / "onebase.json").read_bytes() == (tmp_path / "b" / "onebase.json").read_bytes()
+
+
 def test_an_adapter_saved_from_python_comes_back_with_the_same_losses(shop, base, tmp_path):
     rows = runs.definitions(6)
     bank = ob.Bank(base)

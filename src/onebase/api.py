@@ -43,7 +43,7 @@ class Bank:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.routed = RoutedBank(base)
-        self._jobs: dict[str, Job] = {}
+        self._readings: dict[str, tuple[DataSettings, str]] = {}
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -60,15 +60,20 @@ class Bank:
         return self.routed.add(name, settings or Lora(), seed=seed)
 
     def load(self, name: str, folder: str | Path, *, allow_base_mismatch: bool = False) -> Adapter:
-        """Put the adapter in a folder (ours or PEFT's) on the base.
+        """Put the adapter in a folder (ours or PEFT's) on the base; its rows are read as they were in training.
 
         Raises:
             FileFormatError: it is damaged, or was trained on another base.
         """
         stored = read_adapter(Path(folder))
         opening.check_base(self.base, stored, allow_base_mismatch=allow_base_mismatch)
-        seed = None if stored.record is None else stored.record.seed
-        return self.routed.add(name, stored.settings, seed=seed or 0, tensors=stored.tensors)
+        record = stored.record
+        seed = 0 if record is None else record.seed or 0
+        adapter = self.routed.add(name, stored.settings, seed=seed, tensors=stored.tensors)
+        if record is not None:
+            template = saving.own_template(self.base, stored.folder)
+            self.remember(name, _reading(template=template, **record.extras.get("data", {})), record.task)
+        return adapter
 
     def save(self, name: str, folder: str | Path) -> Path:
         """Write an adapter in PEFT's format, with the tokenizer, and return its folder.
@@ -78,30 +83,32 @@ class Bank:
         """
         if name not in self.adapters:
             raise ConfigError(f"no adapter {name!r} in the bank; it has {', '.join(self.adapters) or 'none'}.")
-        job = self._jobs.get(name)
-        template = None if job is None else job.reading.template
+        settings, task = self.reading_of(name)
 
         def fill(new: Path) -> None:
-            saving.save_tokenizer(self.base, new, template)
+            saving.save_tokenizer(self.base, new, settings.template)
 
-        task = "chat" if job is None else job.task
-        reading = None if job is None else saving.reading_of(job.reading)
+        reading = saving.reading_of(settings)
         saving.write(Path(folder), self.base, self.adapters[name], task=task, reading=reading, fill=fill)
         return Path(folder)
 
     def remove(self, name: str) -> None:
         """Take an adapter off the base."""
         self.routed.remove(name)
-        self._jobs.pop(name, None)
+        self._readings.pop(name, None)
 
-    def remember(self, name: str, job: Job) -> None:
+    def remember(self, name: str, reading: DataSettings, task: str) -> None:
         """Keep how an adapter's rows are read, so that `evaluate` and `save` treat them alike."""
-        self._jobs[name] = job
+        self._readings[name] = reading, task
 
     def reading_of(self, name: str | None) -> tuple[DataSettings, str]:
-        """Return (how rows are read, task) of the adapter's job; the defaults where it has none."""
-        job = self._jobs.get(name or "")
-        return (job.reading, job.task) if job else (DataSettings(train="rows"), "chat")  # type: ignore[arg-type]
+        """Return (how rows are read, task) of the adapter's job or file; the defaults where it has none."""
+        return self._readings.get(name or "") or (_reading(), "chat")
+
+
+def _reading(**settings: Any) -> DataSettings:
+    """Return how rows become examples; where the rows come from is not its business."""
+    return DataSettings(**{"train": "rows", **settings})
 
 
 class Job:
@@ -136,7 +143,7 @@ class Job:
             if found:
                 raise ConfigError(f"{' and '.join(found)}: {why}")
         self.data, self.valid, self.task = data, valid, task
-        self.reading = DataSettings(train="rows", **reading)  # type: ignore[arg-type]
+        self.reading = _reading(**reading)
         self.settings = TrainSettings(**settings)
 
 
@@ -162,7 +169,7 @@ def _train_one(bank: Bank, name: str, job: Job, progress: Progress) -> Result:
     use_threads(job.settings.threads)
     rows = load_rows(job.data, job.reading, job.task, base).examples
     valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base).examples
-    bank.remember(name, job)
+    bank.remember(name, job.reading, job.task)
     whole = run.Job(bank.routed, bank.adapters[name], rows, valid, job.settings, job.reading.shuffle)
     member = run.start(whole, None, None, progress)
     run.train_member(whole, member, None, progress, StopRequest())

@@ -91,6 +91,14 @@ def save_tokenizer(base: Base, folder: Path, template: Path | None) -> None:
         (folder / _TEMPLATE_NAME).write_text(read_template(template), encoding="utf-8")
 
 
+def own_template(base: Base, folder: Path) -> Path | None:
+    """Return the chat template that lies with an adapter, None where it is the base's own."""
+    path = folder / _TEMPLATE_NAME
+    if base.tokenizer is None or not path.is_file() or read_template(path) == base.tokenizer.chat_template:
+        return None
+    return path
+
+
 def _facts(folder: Path, base: Base, member: Member, settings: Settings, data: TrainingData) -> CardFacts:
     books = member.books
     return CardFacts(
