@@ -10,7 +10,7 @@ import yaml
 from onebase.base.model import load
 from onebase.config.reading import read_settings
 from onebase.errors import ConfigError, FileFormatError
-from onebase.measure.evaluate import evaluate
+from onebase.measure.evaluate import EVALUATION_TOKENS, evaluate
 from onebase.train.data import load_data
 from onebase.train.opening import open_adapter
 from tests.train import runs
@@ -134,11 +134,52 @@ def test_an_adapter_holds_the_tokenizer_the_card_and_the_base_but_no_time_and_no
 # ------------------------------------------------------------------------------------------------------- what decides
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_size": 5}, {"learning_rate": 0.02}, {"weight_decay": 0.5}])
-def test_every_setting_that_should_changes_the_adapter(shop, tmp_path, changed):
-    runs.run(shop.settings(adapter=FEW, train={"steps": 3}), tmp_path / "a")
-    runs.run(shop.settings(adapter=FEW, train={"steps": 3} | changed), tmp_path / "b")
-    assert adapter_bytes(tmp_path / "a") != adapter_bytes(tmp_path / "b")
+@pytest.fixture(scope="module")
+def four_steps(shop, tmp_path_factory):
+    out = tmp_path_factory.mktemp("four") / "run"
+    runs.run(shop.settings(valid=False, adapter=FEW, train={"steps": 4}), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"batch_size": 5},
+        {"learning_rate": 0.02},
+        {"lr_scheduler_type": "linear"},
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "step", "lr_step_size": 1},
+        {"lr_scheduler_type": "step", "lr_step_size": 1, "lr_step_gamma": 0.5},
+        {"warmup_ratio": 0.9},
+        {"warmup_steps": 3},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 1e-4},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.9},
+        {"adam_epsilon": 1e-3},
+    ],
+    ids=str,
+)
+def test_every_setting_that_should_changes_the_adapter(shop, four_steps, tmp_path, changed):
+    runs.run(shop.settings(valid=False, adapter=FEW, train={"steps": 4} | changed), tmp_path / "run")
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(four_steps)
+
+
+def test_the_tokens_of_an_evaluation_are_those_that_are_set_and_change_no_loss(shop, tmp_path, monkeypatch):
+    from onebase.train import loop
+
+    asked = []
+
+    def noted(*parts, batch_tokens):
+        asked.append(batch_tokens)
+        return evaluate(*parts, batch_tokens=batch_tokens)
+
+    monkeypatch.setattr(loop, "evaluate", noted)
+    for name, tokens in (("few", 30), ("auto", "auto")):
+        runs.run(shop.settings(adapter=FEW, train={"steps": 1}, eval={"batch_tokens": tokens}), tmp_path / name)
+    assert asked == [30, 30, EVALUATION_TOKENS, EVALUATION_TOKENS]
+    assert result_of(tmp_path / "few").valid_loss == pytest.approx(result_of(tmp_path / "auto").valid_loss, rel=1e-6)
 
 
 def test_the_last_weights_are_kept_where_keep_best_is_off(shop, finished, tmp_path):
