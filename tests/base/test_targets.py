@@ -162,13 +162,6 @@ def test_a_layer_whose_weight_is_read_past_its_forward_is_not_available():
     assert rows == {"out_proj": False, "linear1": True, "linear2": True}
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"), [("q_prj", "q_proj"), ("downproj", "down_proj"), ("self_atn.v_proj", "self_attn.v_proj")]
-)
-def test_a_misspelt_name_finds_the_one_that_was_meant(typed, meant):
-    assert targets.closest_patterns(typed, build("llama"))[0] == meant
-
-
 def test_modules_of_the_same_name_but_another_shape_have_rows_of_their_own():
     model = build("llama")
     model.model.layers[1].mlp.up_proj = nn.Linear(32, 48, bias=False)

@@ -8,10 +8,10 @@ A listed pattern selects exactly the modules of its row, by PEFT's rules: a name
 is that name or ends with "." and that name; where no ending is exact (BERT's `output.dense` also ends
 `attention.output.dense`), the pattern is a regular expression for the whole path.
 
-Called by adapters/matching.py (presets, closest names) and `onebase targets`. Cost: a walk over the modules.
+Called by adapters/bank.py (the modules, by path, kind and role) and `onebase targets` (rows and presets). Cost: a walk
+over the modules.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -134,13 +134,6 @@ def plain_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
             names.append(name)
             covered |= {p for p in wanted if ends_with(p, name)}
     return names
-
-
-def closest_patterns(name: str, model: nn.Module, count: int = 3) -> list[str]:
-    """Return the names of available modules that look most like `name`, best first."""
-    available = [module.path for module in list_modules(model) if module.available]
-    names = dict.fromkeys(ending for path in available for ending in _endings(path)[:2])
-    return difflib.get_close_matches(name, names, n=count, cutoff=0.4)
 
 
 def ends_with(path: str, name: str) -> bool:
