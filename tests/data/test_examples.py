@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase.config.settings import SHORTEST_MAX_LENGTH
 from onebase.data.examples import Example, Examples, build_examples
 from onebase.data.reading import read_rows
 from onebase.data.rows import Fault, Row
@@ -175,7 +176,8 @@ def test_a_template_file_overrides_the_models_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"task": "classify"}, {"labels": "first"}, {"on_bad_row": "warn"}, {"max_length": 1}]
+    "wrong",
+    [{"task": "classify"}, {"labels": "first"}, {"on_bad_row": "warn"}, {"max_length": SHORTEST_MAX_LENGTH - 1}],
 )
 def test_a_choice_that_is_none_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

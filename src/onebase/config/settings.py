@@ -75,6 +75,8 @@ Fraction = Annotated[float, Field(gt=0, lt=1), Means("a fraction")]
 
 DEFAULT_MAX_LENGTH = 2048
 """The most tokens of an example where neither the settings nor the model say less."""
+SHORTEST_MAX_LENGTH = 4
+"""The least that `max_length` may be: fewer tokens hold nothing to learn beside what marks a turn or a text."""
 
 
 class DataSettings(Section):
@@ -89,7 +91,7 @@ class DataSettings(Section):
     test: DataSource | None = Field(default=None, description="The rows that `onebase eval RUN` measures on.")
     max_length: int | None = Field(
         default=None,
-        ge=4,
+        ge=SHORTEST_MAX_LENGTH,
         description=f"The most tokens an example may have. Default: the model's limit, at most {DEFAULT_MAX_LENGTH}.",
     )
     columns: dict[str, str] = Field(
@@ -219,7 +221,8 @@ class Settings(Section):
     revision: str | None = Field(default=None, min_length=1, description="A branch, tag or commit of a hub model.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="The number format of the base; auto: bfloat16 where the hardware has it."
+        default="auto",
+        description="The number format of the base; auto: bfloat16 on CUDA devices that have it, float32 elsewhere.",
     )
     device: Annotated[str, Means("'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")] = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Where to compute: auto, cpu, cuda, mps."

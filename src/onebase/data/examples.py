@@ -19,6 +19,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from onebase.config.settings import SHORTEST_MAX_LENGTH
 from onebase.data.chat import Renderer, Rendering
 from onebase.data.rows import BadRow, Fault, Row
 from onebase.data.shapes import conversation_of, text_of
@@ -27,7 +28,6 @@ from onebase.data.tokens import BoolArray, Encoded, IntArray, Tokenizer, encode,
 from onebase.errors import ConfigError, DataError, list_problems
 
 SHOWN_ROWS = 10
-SHORTEST_MAX_LENGTH = 2
 _CHUNK_ROWS = 1000
 
 
