@@ -1,6 +1,7 @@
 """The bank puts adapters on one base, routes rows to them, and leaves no trace when they go."""
 
 import hashlib
+import zlib
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from onebase.adapters.layer import AdaptedLayer
 from onebase.base.route import RowSpace
 from onebase.config.methods import Lora
 from onebase.errors import ConfigError, FileFormatError
+from onebase.measure.forward import forward_loss
+from onebase.ops.keyed import mix_rows
 from onebase.ops.layout import Layout, Node
 from onebase.ops.segments import NO_OWNER
-from onebase.train.step import forward_loss
 from tests import tiny
 
 
@@ -112,7 +114,7 @@ def test_dropout_needs_a_step_and_an_adapter_that_drops():
     assert not bank.route(layout).row_keys
     assert set(bank.route(layout, dropout_step=3).row_keys) == {RowSpace.TOKEN}
     keys = bank.route(layout, dropout_step=3, label_rows=torch.tensor([2])).row_keys
-    assert torch.equal(keys[RowSpace.LABEL], keys[RowSpace.TOKEN][2:3])
+    assert keys[RowSpace.LABEL].shape == (1,)
 
 
 def test_names_that_are_taken_unknown_or_of_another_bank_raise():
@@ -224,3 +226,29 @@ def test_a_base_that_predicts_no_tokens_is_refused_by_name():
     bank = Bank(tiny.base_of("bert"))
     with pytest.raises(ConfigError, match=r"BertModel predicts no tokens.*causal language model"):
         _ = bank.head
+
+
+def test_while_one_adapter_learns_a_backward_leaves_no_gradient_in_the_others():
+    bank = tiny.bank_of(tiny.base_of(), "one", "two")
+    batch = tiny.batch_of(tiny.examples_of(5, 6), "one", "two")
+    with bank.learning("one"):
+        forward_loss(bank, batch, 1.0)[0].backward()
+    assert all(parameter.grad is not None for _, parameter in bank.adapters["one"].parameters())
+    for other in set(bank.adapters) - {"one"}:
+        assert all(parameter.grad is None for _, parameter in bank.adapters[other].parameters())
+        assert all(parameter.requires_grad for _, parameter in bank.adapters[other].parameters())
+
+
+def test_a_batch_has_a_row_in_the_space_of_examples_for_each_of_them():
+    bank = tiny.bank_of(tiny.base_of(), "one", "two", dummy=False)
+    route = bank.route(Layout([Node(4, "one"), Node(3, "one", parent=0), Node(2, "one", parent=0), Node(5, "two")]))
+    for space in (RowSpace.EXAMPLE, RowSpace.BATCH):
+        assert list(route.segments(space, 3)) == [(0, 2, 0), (2, 3, 1)]
+
+
+def test_dropout_on_the_head_is_keyed_by_the_head_too():
+    bank = tiny.bank_of(tiny.base_of(), "one", dummy=False, lora_dropout=0.5, target_modules=["lm_head"])
+    layout, rows = Layout([Node(6, "one")]), torch.arange(5)
+    keys = bank.route(layout, label_rows=rows, dropout_step=3).row_keys
+    expected = mix_rows(keys[RowSpace.TOKEN][rows], zlib.crc32(b"lm_head"))
+    assert torch.equal(keys[RowSpace.LABEL], expected)

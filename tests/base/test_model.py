@@ -163,7 +163,7 @@ OWN_DROPOUT: dict[str, dict[str, Any]] = {
 
 def losses_and_gradients(bank, pieces, *, recompute: bool, between=lambda: None, run=lambda task: task()):
     """Forward of every (batch, member), then all backwards in reverse order; return losses and gradients by member."""
-    from onebase.train.step import forward_loss
+    from onebase.measure.forward import forward_loss
 
     tiny.clear_gradients(bank)
     with bank.base.activation_checkpointing(recompute):
@@ -240,7 +240,7 @@ def test_a_graph_can_be_recomputed_twice():
 
 def test_checkpointing_keeps_fewer_activations_and_leaves_no_trace():
     bank, pieces = two_members("llama")
-    from onebase.train.step import forward_loss
+    from onebase.measure.forward import forward_loss
 
     def kept(recompute: bool) -> int:
         sizes = []

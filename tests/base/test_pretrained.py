@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from onebase.base import cache, pretrained
+from onebase.base import cache, memory, pretrained
 from onebase.base.place import ModelPlace
-from onebase.errors import ConfigError, FileFormatError, ModelError
+from onebase.errors import CapacityError, ConfigError, FileFormatError, ModelError
 from tests.base import tiny
 
 
@@ -73,6 +73,14 @@ def test_opening_is_silent_and_leaves_transformers_as_talkative_as_before(folder
 def test_the_dtype_is_the_asked_one_or_else_the_stored_one(folder, dtype):
     model, _, _ = reopen(folder, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype or torch.float32}
+
+
+def test_a_model_whose_weights_do_not_fit_is_refused_before_they_are_read(folder, monkeypatch):
+    count = sum(p.numel() for p in reopen(folder)[0].state_dict(keep_vars=True).values())
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * count)
+    with pytest.raises(CapacityError, match=r"here: its weights need .* are free.*dtype: bfloat16"):
+        reopen(folder, dtype=torch.float32)
+    reopen(folder, dtype=torch.bfloat16)
 
 
 def test_a_model_without_tokenizer_files_has_no_tokenizer(tmp_path):

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from onebase.base import memory
 from onebase.cli import app
-from onebase.measure import memory
 from tests.train import runs
 from tests.train.runs import Workshop, adapter_bytes, checkpoint_names, metrics
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from onebase.base.route import Route
+from onebase.measure.forward import forward_loss
 from onebase.ops.segments import Segments
-from onebase.train.step import forward_loss
 from tests import tiny
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8}

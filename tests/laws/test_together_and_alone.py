@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from onebase.data.batches import FlatBatch, flatten, micro_batches
+from onebase.measure.forward import forward_loss
 from onebase.ops.bits import VARIABLE, instruction_set
 from onebase.ops.layout import Layout, Node
-from onebase.train.step import forward_loss
 from tests import tiny
 
 FLAT = sorted({*tiny.ARCHITECTURES} - {"gpt2"} - tiny.PADDED)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from onebase.adapters.bank import Bank
+from onebase.base import memory
 from onebase.base.model import load
 from onebase.config.methods import Lora
 from onebase.data.batches import cut_by_tokens, flatten
 from onebase.errors import CapacityError
-from onebase.measure import memory
 from onebase.train import capacity
 from tests import tiny
 from tests.tiny import examples_of

@@ -7,8 +7,9 @@ import signal
 
 import pytest
 
+from onebase.base import memory
 from onebase.config.reading import read_settings
-from onebase.errors import ConfigError, ResumeError
+from onebase.errors import CapacityError, ConfigError, ResumeError
 from onebase.files.result import read_result
 from onebase.train.stop import Stopped
 from tests.train import runs
@@ -105,3 +106,15 @@ def test_a_stopped_run_says_where_it_stands(shop, tmp_path, number, code):
         runs.run(shop.settings(adapter=FEW, train={"steps": 4}), tmp_path / "run", watching=watching)
     assert caught.value.exit_code == code
     assert read_result(tmp_path / "run") is None
+
+
+def test_a_run_that_is_resumed_with_too_little_memory_says_so(shop, tmp_path, monkeypatch):
+    watching = Watching(stop_after={2})
+    settings = shop.settings(adapter=FEW, train={"steps": 4})
+    with pytest.raises(Stopped):
+        runs.run(settings, tmp_path / "run", watching=watching)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(memory, "check_room_for", lambda name, needed_bytes: None)
+    with pytest.raises(CapacityError, match=r"resumed run keeps the micro-batches.*another --out"):
+        runs.run(settings, tmp_path / "run", resume=True)
+    assert checkpoint_names(tmp_path / "run")

@@ -8,13 +8,14 @@ the frozen module itself back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from onebase.adapters.layer import AdaptedLayer
+from onebase.adapters.layer import AdaptedLayer, path_key
 from onebase.adapters.lora import LoraTarget, make_target
 from onebase.adapters.matching import Candidate, check_patterns, choose_targets
 from onebase.base.model import Base, padded_rows, padded_segments
@@ -22,6 +23,7 @@ from onebase.base.route import Route, RowSpace
 from onebase.base.targets import list_targets
 from onebase.config.methods import Lora
 from onebase.errors import ConfigError, FileFormatError, list_problems
+from onebase.ops.keyed import mix_rows
 from onebase.ops.layout import Layout
 from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
@@ -145,6 +147,19 @@ class Bank:
             if layer.is_bare:
                 _set_module(self.base.model, path, self._layers.pop(path).base_layer)
 
+    @contextmanager
+    def learning(self, name: str) -> Iterator[None]:
+        """Let one adapter's tensors alone require gradients, so that a backward makes and keeps none for the others."""
+        others = [p for other, adapter in self._adapters.items() if other != name for _, p in adapter.parameters()]
+        before = [p.requires_grad for p in others]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, required in zip(others, before, strict=True):
+                parameter.requires_grad_(required)
+
     def route(self, layout: Layout, *, label_rows: Tensor | None = None, dropout_step: int | None = None) -> Route:
         """Return the route of a flat batch: each node's rows go to the adapter that owns it.
 
@@ -160,16 +175,25 @@ class Bank:
         else:
             token = Segments.of(lengths, owners)
         label = Segments.of([node.labels for node in layout.nodes], owners)
+        examples = [owners[i] for i in padded_segments(layout)[1]]
+        example = Segments.of([1] * len(examples), examples)
         keys: dict[RowSpace, Tensor] = {}
         if dropout_step is not None and any(a.settings.lora_dropout for a in self._adapters.values()):
             seeds = [0 if node.owner is None else self._adapters[node.owner].seed for node in layout.nodes]
             token_keys = layout.row_keys(seeds, dropout_step)
             if label_rows is not None:
-                keys[RowSpace.LABEL] = token_keys[label_rows].to(self.base.device)
+                head_key = path_key(self._head_path or "")
+                keys[RowSpace.LABEL] = mix_rows(token_keys[label_rows], head_key).to(self.base.device)
             if self.base.layout_kind == "padded":
                 token_keys = token_keys[padded_rows(layout)[0].flatten()]
             keys[RowSpace.TOKEN] = token_keys.to(self.base.device)
-        return Route(layout=layout, rows={RowSpace.TOKEN: token, RowSpace.LABEL: label}, row_keys=keys)
+        rows = {
+            RowSpace.TOKEN: token,
+            RowSpace.LABEL: label,
+            RowSpace.EXAMPLE: example,
+            RowSpace.BATCH: example,
+        }
+        return Route(layout=layout, rows=rows, row_keys=keys)
 
     def sole_route(self, name: str | None) -> Route:
         """Return the route that gives every row to one adapter (None: to the base alone), whatever the batch."""

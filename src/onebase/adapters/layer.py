@@ -27,7 +27,7 @@ class AdaptedLayer(nn.Module):
         self.base_layer = base_layer
         self.path, self.space = path, space
         self._slot = slot
-        self._key = zlib.crc32(path.encode())
+        self._key = path_key(path)
         self._targets: dict[int, LoraTarget] = {}
         self.low_rank: LowRank | None = None
 
@@ -82,3 +82,8 @@ class AdaptedLayer(nn.Module):
         # rows, not x, go through the base: the update is added in place, and to a view that would cost a copy
         y = add_low_rank_(self.base_layer(rows), rows, self.low_rank, segments, row_keys)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def path_key(path: str) -> int:
+    """Return what a module's path adds to the keys of its dropout."""
+    return zlib.crc32(path.encode())

@@ -126,6 +126,19 @@ def how_to_convert(source: str, name: str) -> str:
     )
 
 
+def weight_count(folder: Path) -> int:
+    """Return how many numbers the weight files hold, from their headers alone."""
+    import math
+
+    from safetensors import safe_open
+
+    count = 0
+    for path in weight_files(folder):
+        with safe_open(path, framework="numpy") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+    return count
+
+
 def _check_header(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onebase.base import hub
+from onebase.base import hub, memory
 from onebase.base.cache import Say, build_once, home, say_on_stderr
 from onebase.base.fingerprint import file_sha256
 from onebase.base.packages import PACKAGES, fetch
@@ -32,6 +32,7 @@ from onebase.base.place import (
     not_found,
     read_json,
     unloaded_weights,
+    weight_count,
 )
 from onebase.errors import (
     CapacityError,
@@ -226,6 +227,8 @@ def open_pretrained(
 
         config = transformers.AutoConfig.from_pretrained(place.folder, **arguments)
         prequantised = getattr(config, "quantization_config", None) is not None
+        if not prequantised and dtype is not None:
+            memory.check_room_for(place.name, weight_count(place.folder) * dtype.itemsize)
         model, loading = _model_class(config).from_pretrained(
             place.folder,
             config=config,

@@ -158,7 +158,7 @@ class Watching:
 
     def _memory_bytes(self) -> int:
         """Return the most memory so far: the device's, or the process's where it computes on the CPU."""
-        from onebase.measure import memory
+        from onebase.base import memory
 
         return memory.peak_device_bytes(self._known_plan().device) or memory.peak_rss_bytes()
 

@@ -9,12 +9,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from onebase.adapters.bank import Bank
-from onebase.base.route import RowSpace
 from onebase.data.batches import micro_batches
 from onebase.data.examples import Examples
 from onebase.errors import DataError
-from onebase.ops.loss import head_loss
-from onebase.ops.rows import take_rows
+from onebase.measure.forward import forward_loss
 
 EVALUATION_TOKENS = 2048
 
@@ -54,15 +52,9 @@ def evaluate(
     """
     if not examples.label_count:
         raise DataError(f"{len(examples)} examples without a labelled token: there is nothing to evaluate.")
-    head = bank.head
     loss_sum, correct, labels, done = 0.0, 0, 0, 0
     for batch in micro_batches(examples, range(len(examples)), batch_tokens, name):
-        route = bank.route(batch.layout)
-        hidden = bank.base.hidden(batch.token_ids, route)
-        rows = take_rows(hidden, batch.label_rows)
-        label_ids = batch.label_ids.to(rows.device)
-        weights = torch.ones(label_ids.shape, device=rows.device)
-        _, found = head_loss(rows, label_ids, weights, head, route.rows[RowSpace.LABEL])
+        _, found = forward_loss(bank, batch, 1.0)
         loss_sum += float(found.loss.double().sum())
         correct += int(found.correct.sum())
         labels += batch.label_count

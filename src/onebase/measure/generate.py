@@ -23,6 +23,7 @@ from onebase.data.chat import Renderer
 from onebase.data.rows import BadRow
 from onebase.data.tokens import encode, special_ids
 from onebase.errors import ConfigError, DataError
+from onebase.measure.prompts import prompt_fault
 from onebase.ops.keyed import mix
 
 ROWS_PER_BATCH = 16
@@ -60,7 +61,9 @@ def generate(
         raise ConfigError(f"temperature: must be a number from 0, got {temperature}.")
     limit = bank.base.max_length
     for number, prompt in enumerate(prompts):
-        _check_prompt(number, prompt, limit)
+        fault = prompt_fault(prompt, limit)
+        if fault is not None:
+            raise DataError(f"prompt {number + 1} {fault}")
     ends = end_ids(bank.base)
     answers: list[list[int]] = [[] for _ in prompts]
 
@@ -69,7 +72,7 @@ def generate(
         if on_token is not None:
             on_token(number, token)
 
-    rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    rooms = [room_of(prompt, max_new_tokens, limit) for prompt in prompts]
     for numbers in _batches([len(prompt) for prompt in prompts], rooms):
         with bank.base.native(bank.sole_route(name)) as model:
             _generate_batch(
@@ -110,13 +113,9 @@ def _turn_ends(tokenizer: Any) -> set[int]:
     return next(({token} for token in found), set())
 
 
-def _check_prompt(number: int, prompt: Sequence[int], limit: int | None) -> None:
-    if not prompt:
-        raise DataError(f"prompt {number + 1} has no tokens. Give it some text.")
-    if limit is not None and len(prompt) >= limit:
-        raise DataError(
-            f"prompt {number + 1} has {len(prompt)} tokens; with an answer the model takes at most {limit}. Shorten it."
-        )
+def room_of(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
+    """Return the most tokens that an answer to a prompt can have in a model that takes `limit` tokens."""
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
 
 
 def _batches(lengths: Sequence[int], rooms: Sequence[int]) -> Iterator[list[int]]:

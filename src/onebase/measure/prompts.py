@@ -63,11 +63,12 @@ class Asking:
         conversation, _ = conversation_of(_answered(row.values), self.system)
         return self.of_messages(conversation.messages[:-1], conversation.tools)
 
-    def of_rows(self, rows: Sequence[Row]) -> list[list[int]]:
+    def of_rows(self, rows: Sequence[Row], limit: int | None = None) -> list[list[int]]:
         """Return the prompt of every row.
 
         Raises:
-            DataError: rows that have none; the first ten of them and their number.
+            DataError: rows that have none, or one that leaves a model of `limit` tokens no room for an answer; the first
+                ten of them and their number.
         """
         prompts, problems = [], []
         for row in rows:
@@ -75,6 +76,10 @@ class Asking:
                 prompts.append(self.of_row(row))
             except BadRow as bad:
                 problems.append(f"{row.place}: {bad.fault.message}")
+                continue
+            fault = prompt_fault(prompts[-1], limit)
+            if fault is not None:
+                problems.append(f"{row.place}: the prompt {fault}")
         if problems:
             raise DataError(
                 problems[0] if len(problems) == 1 else list_problems(f"{len(rows)} rows", problems, shown=_SHOWN)
@@ -85,6 +90,15 @@ class Asking:
         """Return an answer's text, without special tokens and the blanks around it."""
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text.strip() if self.task == "chat" else text
+
+
+def prompt_fault(prompt: Sequence[int], limit: int | None) -> str | None:
+    """Return what is wrong with a prompt for a model that takes `limit` tokens (None: any number), None if nothing is."""
+    if not prompt:
+        return "has no tokens. Give it some text."
+    if limit is not None and len(prompt) >= limit:
+        return f"has {len(prompt)} tokens; with an answer the model takes at most {limit}. Shorten it."
+    return None
 
 
 def _answered(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.bank import Bank
+from onebase.base import memory
 from onebase.data.batches import cut_by_tokens, flatten
 from onebase.data.examples import Examples
 from onebase.errors import CapacityError
-from onebase.measure import memory
-from onebase.train.step import forward_loss
+from onebase.measure.forward import forward_loss
 
 AUTO_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 _PROBE_TOKENS = 64

@@ -18,10 +18,10 @@ from onebase.adapters.bank import Adapter, Bank
 from onebase.config.settings import TrainSettings
 from onebase.data.batches import batch_of_step, micro_batches, steps_per_epoch
 from onebase.data.examples import Examples
+from onebase.measure.forward import forward_loss
 from onebase.train import checks
 from onebase.train.progress import StepRecord
 from onebase.train.schedule import Schedule, total_steps_of, warmup_of
-from onebase.train.step import forward_loss
 
 _MOVED_BY = 3
 

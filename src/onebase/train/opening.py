@@ -29,10 +29,13 @@ def open_adapter(
     model: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     allow_base_mismatch: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> OpenedAdapter:
     """Open the adapter in a folder, or in the run folder given, on its base, or on `model`.
+
+    Python code that comes with the base runs only where the caller trusts it: an adapter's files never decide that.
 
     Raises:
         FileFormatError: the files are not those of an adapter, or of one for another base.
@@ -41,7 +44,13 @@ def open_adapter(
     stored = read_adapter(path)
     for text in stored.notes:
         note(text)
-    base = load(model or base_name(stored), revision=_revision(stored, model), dtype=dtype, device=device)
+    base = load(
+        model or base_name(stored),
+        revision=_revision(stored, model),
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     return OpenedAdapter(*put_on(base, stored, allow_base_mismatch=allow_base_mismatch), stored)
 
 

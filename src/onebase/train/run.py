@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import onebase
 from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.lora import rank_and_alpha, scaling_of
+from onebase.base import memory
 from onebase.base.device import use_threads
 from onebase.base.model import load
 from onebase.config.methods import Lora
@@ -23,13 +25,12 @@ from onebase.config.reading import read_settings
 from onebase.config.settings import Settings, TrainSettings
 from onebase.config.writing import diff_settings, dump_settings
 from onebase.data.examples import Examples
-from onebase.errors import ConfigError, FileFormatError, ResumeError, TrainingError, list_problems
+from onebase.errors import CapacityError, ConfigError, FileFormatError, ResumeError, TrainingError, list_problems
 from onebase.files.atomic import ensure_writable
 from onebase.files.checkpoint import Checkpoint
 from onebase.files.peft_format import read_adapter
 from onebase.files.result import Result, read_result
 from onebase.files.run_folder import RunFolder, run_bytes
-from onebase.measure import memory
 from onebase.measure.evaluate import EVALUATION_TOKENS
 from onebase.ops import bits
 from onebase.train.capacity import fit_budget
@@ -149,12 +150,10 @@ def start(job: Job, folder: RunFolder | None, checkpoint: Checkpoint | None, pro
     """Return the member, restored from the checkpoint if there is one, with memory and disk tried; announce the plan."""
     identity = identity_of(job)
     if checkpoint is None:
-        name, size, wanted = job.adapter.name, job.settings.batch_size, job.settings.micro_batch_tokens
-        recompute = job.settings.activation_checkpointing
-        budget = fit_budget(job.bank, name, job.train, size, wanted, recompute=recompute)
+        budget = _fit(job, job.settings.micro_batch_tokens)
     else:
-        budget = int(checkpoint.state["micro_batch_tokens"])
         _check_identity(checkpoint, identity, progress)
+        budget = _budget_of_before(job, int(checkpoint.state["micro_batch_tokens"]))
     member = Member(job.bank, job.adapter, job.train, job.settings, shuffle=job.shuffle, budget=budget)
     if checkpoint is not None:
         member.load_state(checkpoint.tensors, checkpoint.state["books"], checkpoint.best)
@@ -169,13 +168,36 @@ def start(job: Job, folder: RunFolder | None, checkpoint: Checkpoint | None, pro
     return member
 
 
+def _fit(job: Job, wanted: int | str) -> int:
+    """Return the tokens of a micro-batch that memory holds; the largest one has then been tried."""
+    recompute = job.settings.activation_checkpointing
+    with job.bank.learning(job.adapter.name):
+        return fit_budget(job.bank, job.adapter.name, job.train, job.settings.batch_size, wanted, recompute=recompute)
+
+
+def _budget_of_before(job: Job, budget: int) -> int:
+    """Return a resumed run's own micro-batch, which decides its bits, if it fits here too.
+
+    Raises:
+        CapacityError: less memory is free than where the run was started.
+    """
+    try:
+        return _fit(job, budget)
+    except CapacityError as error:
+        raise CapacityError(
+            f"{error} A resumed run keeps the micro-batches of its start ({budget} tokens): free memory, or start a new "
+            "run with another --out."
+        ) from error
+
+
 def train_member(job: Job, member: Member, folder: RunFolder | None, progress: Progress, stop: StopRequest) -> None:
     """Train a started member to its end and leave the tensors that are to be kept in its adapter."""
     base = job.bank.base
     tokens = EVALUATION_TOKENS if job.evaluation_tokens == "auto" else int(job.evaluation_tokens)
     state = {"identity": identity_of(job), "micro_batch_tokens": member.budget_tokens}
     loop = Loop(member, valid=job.valid, folder=folder, state=state, progress=progress, evaluation_tokens=tokens)
-    with stop.listening(), base.activation_checkpointing(job.settings.activation_checkpointing):
+    learning = job.bank.learning(job.adapter.name)
+    with stop.listening(), learning, base.activation_checkpointing(job.settings.activation_checkpointing):
         loop.run(stop)
     restore_best_(member)
 
@@ -188,6 +210,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "valid_fingerprint": None if job.valid is None else job.valid.fingerprint,
         "dtype": str(job.bank.base.dtype).removeprefix("torch."),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
         "instruction_set": bits.instruction_set(),
         "device": job.bank.base.device.type,
@@ -271,12 +294,12 @@ _SAME = {
 def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], progress: Progress) -> None:
     """Raise if base or data are not the run's own; note what may change the bits of the rest."""
     before = checkpoint.state["identity"]
-    changed = [words for key, words in _SAME.items() if before[key] != identity[key]]
+    changed = [words for key, words in _SAME.items() if before.get(key) != identity[key]]
     if changed:
         raise ResumeError(
             f"{checkpoint.path}: these have changed since the run was started: {', '.join(changed)}. Restore them, or "
             "start a new run with another --out."
         )
-    differ = [f"{key} was {before[key]}, is {identity[key]}" for key in identity if before[key] != identity[key]]
+    differ = [f"{key} was {before.get(key)}, is {now}" for key, now in identity.items() if before.get(key) != now]
     if differ:
         progress.note(f"resumed elsewhere ({'; '.join(differ)}): the result may differ in its last bits.")

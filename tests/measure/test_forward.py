@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onebase.train.step import forward_loss
+from onebase.measure.forward import forward_loss
 from tests import tiny
 
 

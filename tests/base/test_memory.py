@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from onebase.measure import memory
+from onebase.base import memory
 
 MB = 2**20
 
@@ -108,7 +108,7 @@ def test_without_a_limit_the_machine_decides(monkeypatch, tmp_path, own, files):
 def test_the_processs_own_limit_is_heeded():
     code = """
 import resource
-from onebase.measure import memory
+from onebase.base import memory
 import psutil
 limit = psutil.Process().memory_info().vms + 300 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,4 +1,4 @@
-"""One micro-batch forward and backward: where adapters learn.
+"""One micro-batch to its loss: where adapters learn and where they are judged.
 
 The loss of a step is the mean over the labelled tokens of the whole step: each row is weighted by one over that
 number, so gradients of micro-batches add up to those of one large batch, however it was cut.

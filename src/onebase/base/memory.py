@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from onebase.errors import CapacityError
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,6 +46,20 @@ def available_bytes() -> int:
     """Return how much more memory this process may take: the least of machine, container and own limit."""
     limits = [int(psutil.virtual_memory().available), *_cgroup_headroom(), *_own_headroom()]
     return max(0, min(limits))
+
+
+def check_room_for(name: str, needed_bytes: int) -> None:
+    """Raise if weights do not fit: on a CPU nothing else does, the system ends the process in the middle of loading.
+
+    Raises:
+        CapacityError: how much is needed, how much there is, what would fit.
+    """
+    free = available_bytes()
+    if needed_bytes > free:
+        raise CapacityError(
+            f"{name}: its weights need {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free. End other "
+            "programs, choose a smaller model, or set dtype: bfloat16."
+        )
 
 
 def peak_device_bytes(device: torch.device | str) -> int:
