@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from onebase.cli import predict
 from tests.cli.world import chats, invoke, write_rows
 
 
@@ -92,3 +93,85 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_opened(tmp_p
     result = invoke("predict", tmp_path / "no-such-run", "--data", tmp_path / "no.jsonl", "--out", out)
     assert result.exit_code == 2
     assert "the answers" in result.stderr and "no-such-run" not in result.stderr
+
+
+def _interrupted(monkeypatch, error, after):
+    """Let the answers be interrupted when so many are there."""
+    real = predict.Answers._take
+
+    def take(self, number, token):
+        ended = real(self, number, token)
+        if len(self._lines) == after:
+            raise error
+        return ended
+
+    monkeypatch.setattr(predict.Answers, "_take", take)
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (MemoryError(), 1)])
+def test_an_interruption_keeps_the_answers_that_are_finished(trained, tmp_path, monkeypatch, error, code):
+    words = [trained / "run", "--data", trained / "valid.jsonl"]
+    whole = _predict(*words)
+    _interrupted(monkeypatch, error, after=2)
+    out = tmp_path / "answers.jsonl"
+    out.write_text("before\n")
+    result = invoke("predict", *words, "--max-new-tokens", 6, "--out", out)
+    assert result.exit_code == code
+    assert f"2 of 6 answers came; they are kept in {out}.partial" in result.stderr
+    kept = _lines((tmp_path / "answers.jsonl.partial").read_text())
+    assert len(kept) == 2 and all(line in whole for line in kept)
+    assert out.read_text() == "before\n"
+    again = invoke("predict", *words, "--max-new-tokens", 6, "--out", out)
+    assert again.exit_code == 2 and "answers.jsonl.partial" in again.stderr
+    assert _lines((tmp_path / "answers.jsonl.partial").read_text()) == kept
+
+
+def test_an_interruption_before_the_first_answer_leaves_nothing(trained, tmp_path, monkeypatch):
+    _interrupted(monkeypatch, KeyboardInterrupt(), after=0)
+    words = ["--data", trained / "valid.jsonl", "--out", tmp_path / "answers.jsonl"]
+    assert invoke("predict", trained / "run", *words).exit_code == 130
+    assert list(tmp_path.glob("answers*")) == []
+
+
+def test_an_interruption_prints_what_is_finished_where_there_is_no_file(trained, monkeypatch):
+    words = [trained / "run", "--data", trained / "valid.jsonl"]
+    whole = _predict(*words)
+    _interrupted(monkeypatch, KeyboardInterrupt(), after=3)
+    result = invoke("predict", *words, "--max-new-tokens", 6)
+    assert result.exit_code == 130
+    found = _lines(result.stdout)
+    assert len(found) == 3 and [line for line in whole if line in found] == found
+    assert "3 of 6 answers came" in result.stderr
+
+
+def test_questions_that_are_too_long_are_all_named_by_their_lines(trained, tmp_path):
+    rows = chats(5)
+    for number in (1, 3):
+        rows[number]["messages"] = [{"role": "user", "content": "dog " * 300}]
+    data = write_rows(tmp_path / "asked.jsonl", [*rows, {"text": "no question"}])
+    result = invoke("predict", trained / "run", "--data", data)
+    assert result.exit_code == 2
+    assert "asked.jsonl line 2: the prompt has" in result.stderr and "at most 256" in result.stderr
+    assert "asked.jsonl line 4: the prompt has" in result.stderr
+    assert "asked.jsonl line 6: " in result.stderr
+    assert "line 1:" not in result.stderr
+
+
+def test_answers_that_the_models_limit_cut_off_are_counted_as_such(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("onebase.measure.generate.end_ids", lambda base: frozenset())
+    rows = [{"messages": [{"role": "user", "content": "x" * length}]} for length in (1, 180, 190)]
+    data = write_rows(tmp_path / "asked.jsonl", rows)
+    result = invoke("predict", trained / "model", "--data", data, "--max-new-tokens", 100)
+    assert result.exit_code == 0
+    assert "1 answer cut off at 100 tokens" in result.stderr
+    assert "2 answers cut off at the model's limit, 256 tokens" in result.stderr
+
+
+def test_a_column_of_the_rows_is_never_replaced_by_answers(trained, tmp_path):
+    data = write_rows(tmp_path / "asked.jsonl", [{**row, "prediction": "mine"} for row in chats(3)])
+    refused = invoke("predict", trained / "run", "--data", data)
+    assert refused.exit_code == 2
+    assert "line 1" in refused.stderr and "2 more rows" in refused.stderr and "--column" in refused.stderr
+    found = _predict(trained / "run", "--data", data, "--column", "second")
+    assert [line["prediction"] for line in found] == ["mine"] * 3
+    assert all(isinstance(line["second"], str) for line in found)

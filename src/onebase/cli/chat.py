@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from onebase.cli import terminal
-from onebase.cli.opening import Opened, open_adapter_or_model
+from onebase.cli import options, terminal
+from onebase.cli.opening import BaseOptions, Opened, open_adapter_or_model
 from onebase.cli.token_text import TokenText
 from onebase.errors import DataError
 
@@ -24,20 +24,19 @@ _HELP = """/quit    leave (also Ctrl-D)
 Ctrl-C stops an answer."""
 
 
-def chat(
+def chat(  # noqa: PLR0913 (a verb's options are its parameters)
     target: Annotated[
         str, typer.Argument(metavar="[ADAPTER|MODEL]", help="An adapter's folder, a run's, or a model.")
     ] = DEFAULT_MODEL,
-    model: Annotated[str | None, typer.Option(help="Another name or place of the adapter's base.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message. Default: the run's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token; above, tokens are drawn.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Accept a base that the adapter was not trained on.")
-    ] = False,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_base_mismatch: options.AllowBaseMismatch = False,
 ) -> None:
     """Talk to an adapter or a model in the terminal.
 
@@ -45,7 +44,7 @@ def chat(
 
     With standard input from a pipe, each line is a question and only the answers are printed.
     """
-    opened = open_adapter_or_model(target, model=model, allow_base_mismatch=allow_base_mismatch)
+    opened = open_adapter_or_model(target, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     talk = Talk(opened, opened.asking(system), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if sys.stdin.isatty():
         terminal.say(f"{_who(opened)}. /help lists the commands.")

