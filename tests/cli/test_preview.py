@@ -1,6 +1,7 @@
 """Laws of `onebase preview`: the very tokens and labels of the training, and no weights needed for it."""
 
 import io
+import json
 import re
 
 import numpy as np
@@ -94,3 +95,31 @@ def test_a_bad_row_is_named_with_its_line(world, row):
     result = invoke("preview", "run.yaml")
     assert result.exit_code == 2
     assert "train.jsonl line 25" in result.stderr
+
+
+def test_json_holds_the_counts_of_both_parts_and_every_token_with_its_label(world):
+    given = [*chats(3), {"messages": []}]
+    given[0]["messages"][1]["content"] = "A dog \U0001f436."  # one character in several tokens
+    write_rows(world / "train.jsonl", given)
+    settings_in(world, data=", on_bad_row: skip")
+    result = invoke("preview", "run.yaml", "--rows", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    tokenizer = byte_tokenizer()
+    rows = [Row(row, f"train.jsonl line {number}") for number, row in enumerate(given[:3], start=1)]
+    examples, report = build_examples(rows, tokenizer)
+    assert found["counts"]["train"]["tokens"] == report.tokens
+    assert found["counts"]["train"]["labelled_tokens"] == report.labelled_tokens
+    assert (found["counts"]["train"]["rows"], found["counts"]["train"]["dropped_rows"]) == (4, 1)
+    assert [place for places in found["counts"]["train"]["dropped"].values() for place in places] == [
+        "train.jsonl line 4"
+    ]
+    assert found["counts"]["valid"]["rows"] == 6
+    assert any("dropped" in warning for warning in found["warnings"])
+    assert len(found["rows"]) == 2
+    for shown, example in zip(found["rows"], examples, strict=False):
+        assert shown["place"] == example.place
+        assert shown["token_ids"] == example.token_ids.tolist()
+        assert shown["labelled"] == example.labelled.tolist()
+        assert "".join(shown["pieces"]) == tokenizer.decode(example.token_ids)
+        assert len(shown["pieces"]) == len(example.token_ids)

@@ -8,13 +8,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from onebase.cli import terminal
-from onebase.cli.rows_report import show_rows
+from onebase.cli import options, terminal
+from onebase.cli.rows_report import counts_of, remarks_on, show_rows
 from onebase.cli.token_text import TokenText
 
 if TYPE_CHECKING:
     from onebase.data.examples import Example, Examples
 
+_SCHEMA_VERSION = 1
 _MOST_TOKENS = 600
 _LABELLED = ("bold green", "bold cyan")
 _GIVEN = ("", "dim")
@@ -23,6 +24,7 @@ _GIVEN = ("", "dim")
 def preview(
     config: Annotated[Path, typer.Argument(help="A settings file.")],
     rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
+    as_json: options.AsJson = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one setting: --set data.max_length=512")
     ] = None,
@@ -37,6 +39,12 @@ def preview(
     place = locate(settings.model, revision=settings.revision)
     tokenizer, max_length = open_tokenizer(place, trust_remote_code=settings.trust_remote_code)
     data = load_data(settings.data, settings.task, _Reader(settings.model, tokenizer, max_length))
+    if as_json:
+        examples = data.train.examples
+        shown = [example_fields(examples[number], tokenizer) for number in range(min(rows, len(examples)))]
+        numbers = {"schema_version": _SCHEMA_VERSION, "model": settings.model, "task": settings.task}
+        terminal.print_json({**numbers, "counts": counts_of(data), "warnings": remarks_on(data), "rows": shown})
+        return
     out = terminal.stdout()
     show_examples(out, data.train.examples, tokenizer, rows)
     show_rows(out, data)
@@ -49,6 +57,18 @@ class _Reader:
     name: str
     tokenizer: Any
     max_length: int | None
+
+
+def example_fields(example: "Example", tokenizer: Any) -> dict[str, Any]:
+    """Return an example for scripts: its place, and id, piece of text and label flag of every token.
+
+    Joined, the pieces are the whole text; a token that ends inside a character has an empty one.
+    """
+    texts = TokenText(tokenizer, skip_special=False)
+    ids: list[int] = example.token_ids.tolist()
+    pieces = [texts.push(token) for token in ids]
+    pieces[-1] += texts.rest()
+    return {"place": example.place, "token_ids": ids, "pieces": pieces, "labelled": example.labelled.tolist()}
 
 
 def show_examples(out: Console, examples: "Examples", tokenizer: Any, count: int) -> None:

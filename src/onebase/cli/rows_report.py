@@ -1,7 +1,7 @@
 """What became of the rows, as `train` and `preview` show it: counts, and everything that was cut, dropped or seen twice."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onebase.cli import terminal
 
@@ -16,14 +16,43 @@ _SHOWN_PLACES = 3
 
 def show_rows(out: "Console", data: "TrainingData") -> None:
     """Print the counts of both parts as a table, and below it what a user should know of them."""
-    parts = {"train": data.train, "valid": data.valid}
-    there = {name: part for name, part in parts.items() if part is not None}
+    there = _parts(data)
     counts = [(label, *(count(part) for part in there.values())) for label, count in _COUNTS]
     out.print(terminal.table(("data", *there), counts))
-    remarks = [f"{name}: {line}" for name, part in there.items() for line in _remarks(part.report)]
-    remarks += [] if data.valid is None else _both(data)
-    for remark in remarks:
+    for remark in remarks_on(data):
         out.print(terminal.warning(remark), soft_wrap=True)
+
+
+def counts_of(data: "TrainingData") -> dict[str, dict[str, Any]]:
+    """Return what `show_rows` shows, for scripts: the counts of each part that there is."""
+    return {name: _plain_counts(part) for name, part in _parts(data).items()}
+
+
+def remarks_on(data: "TrainingData") -> list[str]:
+    """Return what a user should know of the rows, a line each."""
+    remarks = [f"{name}: {line}" for name, part in _parts(data).items() for line in _remarks(part.report)]
+    return remarks if data.valid is None else [*remarks, *_both(data)]
+
+
+def _parts(data: "TrainingData") -> dict[str, "Prepared"]:
+    """Return the parts of the data that there are."""
+    return {"train": data.train} if data.valid is None else {"train": data.train, "valid": data.valid}
+
+
+def _plain_counts(part: "Prepared") -> dict[str, Any]:
+    lengths = part.examples.lengths
+    return {
+        "files": list(part.files),
+        "rows": part.report.rows,
+        "examples": part.report.examples,
+        "tokens": part.report.tokens,
+        "labelled_tokens": part.report.labelled_tokens,
+        "mean_tokens": float(lengths.mean()),
+        "most_tokens": int(lengths.max()),
+        "truncated_rows": part.report.truncated,
+        "dropped_rows": part.report.dropped_rows,
+        "dropped": dict(part.report.dropped),
+    }
 
 
 def _examples_per_row(part: "Prepared") -> str:
