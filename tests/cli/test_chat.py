@@ -1,16 +1,9 @@
 """Laws of `onebase chat`: the model's own answers, token by token, to a conversation that is remembered or forgotten."""
 
-import os
-import pty
-import select
-import subprocess
-import sys
-import time
-
 import pytest
 
 from onebase.measure.generate import generate
-from tests.cli.world import ENVIRONMENT, invoke, model_in
+from tests.cli.world import Terminal, invoke, model_in
 
 
 @pytest.fixture(scope="module")
@@ -78,48 +71,10 @@ def test_a_question_that_is_too_long_does_not_end_the_conversation(trained, open
     assert result.stdout == _answer(opened, opened.adapter, "What is a dog?") + "\n"
 
 
-class _Terminal:
-    """A chat in a terminal of its own."""
-
-    def __init__(self, folder, *words):
-        self.own, theirs = pty.openpty()
-        self.seen = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "onebase", "chat", *map(str, words)],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            cwd=folder,
-            env=os.environ | ENVIRONMENT | {"TERM": "xterm"},
-            start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )
-        os.close(theirs)
-
-    def type(self, text):
-        os.write(self.own, text.encode())
-
-    def wait_for(self, text):
-        """Read on until `text` has come."""
-        self._read_until(lambda: text in self.seen, f"no {text!r}")
-        self.seen = self.seen.partition(text)[2]
-
-    def wait_for_more(self, count):
-        """Read on until `count` more characters have come."""
-        self._read_until(lambda: len(self.seen) >= count, "too little")
-
-    def _read_until(self, done, otherwise, seconds=120):
-        deadline = time.monotonic() + seconds
-        while not done():
-            assert time.monotonic() < deadline, f"{otherwise} in {self.seen!r}"
-            if select.select([self.own], [], [], 0.2)[0]:
-                self.seen += os.read(self.own, 4096).decode(errors="replace")
-
-
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_twice_leaves(tmp_path):
     model_in(tmp_path / "model", max_position_embeddings=100_000)
-    terminal = _Terminal(tmp_path, "./model", "--max-new-tokens", "90000")
+    terminal = Terminal(tmp_path, "chat", "./model", "--max-new-tokens", "90000")
     terminal.wait_for("> ")
     terminal.type("What is a dog?\n")
     terminal.wait_for("What is a dog?\r\n")  # the terminal's own echo; the answer of a random model goes on and on
@@ -139,7 +94,7 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(tmp_path):
 
 @pytest.mark.slow
 def test_the_end_of_the_input_leaves(trained):
-    terminal = _Terminal(trained, "run")
+    terminal = Terminal(trained, "chat", "run")
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.process.wait(timeout=30) == 0

@@ -1,6 +1,7 @@
 """Laws of `onebase train`: what it says is what happens, and what stops it can be gone on with."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from onebase.cli import terminal
-from tests.cli.world import chats, invoke, process, settings_in, write_rows
+from tests.cli.world import Terminal, chats, invoke, process, settings_in, write_rows
 
 
 def _numbers_of(text, name):
@@ -115,7 +116,7 @@ def test_wrong_settings_exit_with_2_before_anything_is_trained(world, change, to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_a_checkpoint_and_the_command_it_prints_goes_on(world, number, code):
     settings_in(world, train="steps: 100000, batch_size: 2")
     running = process(world, "train", "run.yaml", "--out", "runs/a b", "--set", "train.seed=3")
@@ -140,3 +141,16 @@ def test_a_signal_saves_a_checkpoint_and_the_command_it_prints_goes_on(world, nu
     again.communicate(timeout=60)
     assert f"{step:,} of them done before" in first
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_costs_no_step(world):
+    settings_in(world, train="steps: 100000, batch_size: 2")
+    window = Terminal(world, "train", "run.yaml", "--out", "run")
+    window.wait_for("valid loss")
+    time.sleep(1.0)
+    os.close(window.own)
+    assert window.process.wait(timeout=60) == 129
+    (checkpoint,) = (world / "run/checkpoints").iterdir()
+    done = [json.loads(line)["step"] for line in (world / "run/metrics.jsonl").read_text().splitlines()]
+    assert int(checkpoint.name.removeprefix("step-")) == done[-1] > 0

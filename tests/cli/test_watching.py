@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_the_moving_line_fits_the_terminal(monkeypatch, width):
     assert len(line) == 1
     assert "left" in text and "loss 2.0000" in text and "\u2026" not in text
     assert ("\u2501" in text) == (width > 80)
+
+
+def test_the_bar_keeps_its_place_when_the_numbers_get_shorter(monkeypatch):
+    seen, console = _watched(monkeypatch, 120)
+    places = set()
+    with seen:
+        seen.started(PLAN)
+        for step, seconds in ((1, 400.0), (2, 3.0), (123_455, 0.02), (123_456, 0.02)):
+            record = replace(_record(step), seconds=seconds)
+            seen._recent.clear()
+            seen.stepped(record)
+            (line,) = console.render_lines(seen._moving_line(record), pad=False)
+            places.add("".join(segment.text for segment in line).index("loss"))
+    assert len(places) == 1
 
 
 def test_losses_shown_together_are_means_over_labelled_tokens(monkeypatch):

@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,44 @@ def process(folder: Path, *words: Any, **more: Any) -> "subprocess.Popen[str]":
         env=os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": "1"} | more.pop("env", {}),
         **more,
     )
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, folder, *words):
+        self.own, theirs = pty.openpty()
+        self.seen = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "onebase", *map(str, words)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=folder,
+            env=os.environ | ENVIRONMENT | {"TERM": "xterm"},
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )
+        os.close(theirs)
+
+    def type(self, text):
+        os.write(self.own, text.encode())
+
+    def wait_for(self, text):
+        """Read on until `text` has come."""
+        self._read_until(lambda: text in self.seen, f"no {text!r}")
+        self.seen = self.seen.partition(text)[2]
+
+    def wait_for_more(self, count):
+        """Read on until `count` more characters have come."""
+        self._read_until(lambda: len(self.seen) >= count, "too little")
+
+    def _read_until(self, done, otherwise, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, f"{otherwise} in {self.seen!r}"
+            if select.select([self.own], [], [], 0.2)[0]:
+                self.seen += os.read(self.own, 4096).decode(errors="replace")
 
 
 def model_in(folder: Path, max_position_embeddings: int = 256) -> Path:

@@ -1,6 +1,7 @@
 """How a verb fails: one line that says what to do, the exit code, and a traceback only where somebody asks for it.
 
-0 is success; 1 a failure; 2 wrong use or wrong input; 130 after Ctrl-C and 143 after SIGTERM.
+0 is success; 1 a failure; 2 wrong use or wrong input; 130 after Ctrl-C, 143 after SIGTERM and 129
+after a closed terminal.
 """
 
 import functools

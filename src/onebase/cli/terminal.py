@@ -7,6 +7,7 @@ as long as they are, so that `grep` and `cut` see one thing a line.
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
@@ -32,6 +33,15 @@ def stderr() -> Console:
 def _console(file: IO[str]) -> Console:
     width = None if file.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
     return Console(file=file, width=width, markup=False, highlight=False, emoji=False)
+
+
+def let_go_of_closed() -> None:
+    """Send what is still said on a terminal that was closed nowhere, where a write would be an error each time."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):  # a terminal once
+            os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def say(text: str) -> None:

@@ -22,7 +22,8 @@ def train(
 ) -> None:
     """Fine-tune an adapter as a settings file says.
 
-    Ctrl-C and SIGTERM stop after the step at hand and save a checkpoint; the same command with --resume goes on.
+    Ctrl-C, SIGTERM and a closed terminal stop it after the step at hand, with a checkpoint; the same command with
+    --resume goes on.
     """
     from onebase.config.reading import read_settings
 
@@ -38,7 +39,7 @@ def train(
     except Stopped as stopped:
         way_on = _way_on(config, out, overrides or ())
         raise Stopped(f"{stopped}\nGo on with: {way_on}", stopped.signal_number) from stopped
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         if watching.last_saved is not None:
             terminal.say(f"The checkpoint is {watching.last_saved}. Go on: {_way_on(config, out, overrides or ())}")
         raise

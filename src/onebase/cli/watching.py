@@ -4,13 +4,15 @@ On a terminal one line moves; elsewhere a line is printed every tenth of the run
 first. Nothing here changes what is learned.
 """
 
+import errno
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -33,6 +35,24 @@ _LINE_SECONDS = 30.0
 _WINDOW_STEPS = 20
 _SHORTEST_BAR, _LONGEST_BAR = 8, 60
 
+P = ParamSpec("P")
+Shown = Callable[Concatenate["Watching", P], None]
+
+
+def _outlives_its_terminal(show: Shown[P]) -> Shown[P]:
+    """Return a method that shows something, or nothing where the terminal was closed: the training has to be saved."""
+
+    @functools.wraps(show)
+    def shown(watching: "Watching", /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            show(watching, *args, **kwargs)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            terminal.let_go_of_closed()
+
+    return shown
+
 
 class Watching:
     """Shows a training; the `Progress` that `train_run` reports to. Use it in a `with` block, so that the line goes."""
@@ -48,6 +68,7 @@ class Watching:
         self._printed_at = time.monotonic()
         self._held: list[str] = []
         self._scores: dict[int, Scores] = {}
+        self._numbers_width = 0
         self.last_saved: Path | None = None
 
     def __enter__(self) -> "Watching":
@@ -58,6 +79,7 @@ class Watching:
         self._say_waiting("opening the model, reading the rows")
         return self
 
+    @_outlives_its_terminal
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -78,6 +100,7 @@ class Watching:
         self._printed_at = time.monotonic()
         self._say_waiting("evaluating the base" if plan.valid_examples and not plan.first_step else "the first step")
 
+    @_outlives_its_terminal
     def stepped(self, record: "StepRecord") -> None:
         """Take a step into the account, and show it where that is due."""
         plan = self._known_plan()
@@ -95,6 +118,7 @@ class Watching:
         while self._held:
             self._print(self._held.pop(0))
 
+    @_outlives_its_terminal
     def evaluated(self, step: int, scores: "Scores") -> None:
         """Show what an evaluation found, after the step that it followed."""
         self._scores[step] = scores
@@ -107,12 +131,14 @@ class Watching:
         else:
             self._print(line)
 
+    @_outlives_its_terminal
     def saved(self, path: Path) -> None:
         """Say where a checkpoint is, and remember it; the adapter has its place in the result."""
         if path.parent.name == "checkpoints":
             self.last_saved = path
             self._print(f"{self._place(self._step)}  checkpoint {path}")
 
+    @_outlives_its_terminal
     def note(self, text: str) -> None:
         """Say something that the user should know."""
         terminal.say(text)
@@ -163,7 +189,10 @@ class Watching:
         return memory.peak_device_bytes(self._known_plan().device) or memory.peak_rss_bytes()
 
     def _moving_line(self, record: "StepRecord") -> Table:
-        place, numbers = Text(self._place(record.step)), Text("  ".join(self._numbers(self._recent)))
+        """Return the line; the room for the numbers only grows, so that the bar does not jump when they get shorter."""
+        words = "  ".join(self._numbers(self._recent))
+        self._numbers_width = max(self._numbers_width, len(words))
+        place, numbers = Text(self._place(record.step)), Text(words.ljust(self._numbers_width))
         room = self._console.width - len(place) - len(numbers) - 4
         line = Table.grid(padding=(0, 2, 0, 0))
         if room < _SHORTEST_BAR:

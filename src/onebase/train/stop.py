@@ -1,4 +1,4 @@
-"""Stopping in good order: Ctrl-C and SIGTERM end a training after the step at hand, with a checkpoint."""
+"""Stopping in good order: Ctrl-C, SIGTERM and a closed terminal end a training after the step at hand, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 from onebase.errors import OnebaseError
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(OnebaseError):
@@ -30,11 +28,11 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take Ctrl-C and SIGTERM as requests; a second Ctrl-C interrupts at once. Only the main thread can listen."""
+        """Take Ctrl-C, SIGTERM and SIGHUP as requests; a second signal ends at once. Only the main thread can listen."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._ask) for number in _signals()}
         try:
             yield
         finally:
@@ -42,6 +40,17 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self.signal_number is None:
+            self.signal_number = number
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number
+        else:
+            raise SystemExit(128 + number)
+
+
+def _signals() -> list[signal.Signals]:
+    """Return the signals that ask to stop: SIGHUP where there is one, unless it is ignored, as under nohup."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
