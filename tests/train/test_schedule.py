@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.train.schedule import Schedule, total_steps_of, warmup_of
+from onebase.train.schedule import Schedule, never_due, total_steps_of, warmup_of
 
 TOTALS = st.integers(1, 80)
 
@@ -88,3 +88,14 @@ def test_parts_of_epochs_are_rounded_up(per_epoch, epochs, steps):
 @pytest.mark.parametrize(("per_epoch", "epochs", "steps"), [(100, 1.1, 110), (300, 2.47, 741)])
 def test_binary_fractions_add_no_step(per_epoch, epochs, steps):
     assert total_steps_of(per_epoch, epochs, None) == steps
+
+
+EVERY = st.none() | st.integers(1, 80)
+
+
+@given(TOTALS, EVERY, EVERY, EVERY)
+def test_a_step_is_named_when_no_training_of_that_length_comes_to_it(total, warmup, evaluate, save):
+    settings = {"warmup_steps": warmup, "eval_every": evaluate, "save_every": save}
+    lines = never_due(total, **settings)
+    named = [line.partition(" ")[0].removeprefix("train.") for line in lines]
+    assert named == [name for name, steps in settings.items() if steps is not None and steps not in range(1, total + 1)]

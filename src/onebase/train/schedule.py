@@ -45,3 +45,20 @@ def warmup_of(total_steps: int, warmup_steps: int | None, warmup_ratio: float) -
 def total_steps_of(per_epoch: int, epochs: float, steps: int | None) -> int:
     """Return the number of optimiser steps: as given, or the epochs', rounded up (1.1 epochs of 100 steps are 110)."""
     return math.ceil(round(per_epoch * epochs, 6)) if steps is None else steps
+
+
+def never_due(
+    total_steps: int, *, warmup_steps: int | None, eval_every: int | None, save_every: int | None
+) -> tuple[str, ...]:
+    """Return a line for each setting that names a step beyond the last one, so that it never has its effect."""
+    there = f"but the training has {total_steps:,} step{'' if total_steps == 1 else 's'}"
+    what = (
+        ("warmup_steps", warmup_steps, "the learning rate never reaches its full value"),
+        ("eval_every", eval_every, "data.valid is measured before the first step and after the last alone"),
+        ("save_every", save_every, "no checkpoint is written unless it is interrupted"),
+    )
+    return tuple(
+        f"train.{name} is {steps:,}, {there}: {effect}"
+        for name, steps, effect in what
+        if steps is not None and steps > total_steps
+    )
