@@ -317,7 +317,7 @@ def _explained_open_errors(place: ModelPlace) -> Iterator[None]:
         if "trust_remote_code" in text:
             raise ModelError(
                 f"{place.name}: needs Python code that comes with it ({', '.join(_own_code(place.folder)) or place.folder}). "
-                "Read it; if you trust it, set trust_remote_code: true"
+                "Read it; if you trust it, set trust_remote_code: true, or --trust-remote-code on the command line."
             ) from error
         raise ModelError(f"{place.name}: transformers cannot open {place.folder}: {first_line(error)}") from error
 
