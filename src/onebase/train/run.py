@@ -40,6 +40,7 @@ from onebase.train.member import Member
 from onebase.train.opening import ADAPTER
 from onebase.train.progress import Plan, Progress, Quiet
 from onebase.train.saving import save_run_adapter
+from onebase.train.schedule import never_due
 from onebase.train.stop import StopRequest
 
 
@@ -267,7 +268,15 @@ def _plan(job: Job, member: Member) -> Plan:
         optimizer_bytes=8 * count,
         adapter_bytes=4 * count,
         layout=job.bank.base.layout_kind,
-        warnings=job.adapter.warnings,
+        warnings=(
+            *job.adapter.warnings,
+            *never_due(
+                member.schedule.total_steps,
+                warmup_steps=member.schedule.warmup_steps,
+                eval_every=job.settings.eval_every,
+                save_every=job.settings.save_every,
+            ),
+        ),
     )
 
 
