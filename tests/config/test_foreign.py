@@ -27,7 +27,7 @@ def test_no_name_is_both_ours_and_foreign() -> None:
     assert not OURS.keys() & ABSENT.keys()
 
 
-@pytest.mark.parametrize("key", OURS.keys() | ABSENT.keys())
+@pytest.mark.parametrize("key", [*OURS, *ABSENT])
 def test_every_foreign_name_is_answered_with_one_sentence_that_says_what_to_do(key: str) -> None:
     answer = explain(key, NAMES)
     assert answer is not None
