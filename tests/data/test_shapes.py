@@ -89,11 +89,10 @@ def test_a_system_setting_is_for_rows_without_one_of_their_own():
         ({"x": "a"}, "Map them: data.columns: {prompt: COLUMN, completion: COLUMN}"),
         ({}, "the row has no columns"),
         ({"text": "a"}, "Plain 'text' is for task: text."),
-        ({"prompt": "a", "completion": None}, "'messages' is missing"),
         ({"prompt": "a", "completion": "b", "messages": []}, "several shapes at once: 'messages', 'prompt'"),
         ({"prompt": "a", "completion": ""}, "message 2 (assistant) is empty"),
         ({"prompt": "a", "completion": " \n"}, "message 2 (assistant) is empty"),
-        ({"prompt": "a", "completion": 3}, "'completion' must be a list, got int"),
+        ({"prompt": "a", "completion": 3}, "'completion' must be text or a list of messages, got int"),
         ({"instruction": 1, "output": "b"}, "'instruction' must be a string, got int"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "hello"}, "'messages' is a string, and not the JSON text of a list"),
@@ -105,6 +104,10 @@ def test_a_system_setting_is_for_rows_without_one_of_their_own():
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn to learn from; the roles are 'user'"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "starts with an assistant turn"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, "conversations[0].from: 'alien' is none of 'human'"),
+        ({"prompt": "a", "completion": None}, "'completion' is null. Fill it in"),
+        ({"messages": None}, "'messages' is null. Fill it in"),
+        ({"messages": [{"role": None, "content": "a"}]}, "messages[0].role is null. Write who speaks"),
+        ({"messages": [{"role": 3, "content": "a"}]}, "messages[0].role must be a string, got int"),
         ({"prompt": "a", "completion": "b", "tools": ["f"]}, "'tools' must be a list of objects"),
     ],
 )
@@ -118,3 +121,7 @@ def test_prompt_and_completion_are_not_taken_for_plain_text():
     assert "data.columns: {text: body}" in fault_of({"body": "a"}, text_of).message
     assert "'text' is empty" in fault_of({"text": " "}, text_of).message
     assert "must be a string, got int" in fault_of({"text": 1}, text_of).message
+
+
+def test_a_text_that_is_null_says_so():
+    assert fault_of({"text": None}, text_of).message.startswith("'text' is null. Fill it in")

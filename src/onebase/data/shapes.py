@@ -124,6 +124,8 @@ def text_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     if values.get("text") is None:
         chat = [name for name in SHAPES if name != "text" and _complete(values, name)]
+        if not chat:
+            _check_nulls(values, [SHAPES["text"][0]])
         advice = (
             f"Rows with {_listed(SHAPES[chat[0]][0])} are for task: chat; for plain text map a column: "
             "data.columns: {text: COLUMN}"
@@ -150,6 +152,7 @@ def _chat_shape(values: Mapping[str, Any]) -> str:
             "more than one row shape",
             f"the row has several shapes at once: {_listed(found)}. Choose one: data.columns: {{{mapping}}}",
         )
+    _check_nulls(values, [needs for name, (needs, _) in SHAPES.items() if name != "text"])
     if _complete(values, "text"):
         raise BadRow(
             "no chat shape",
@@ -170,6 +173,18 @@ def _complete(values: Mapping[str, Any], name: str) -> bool:
     return all(values.get(role) is not None for role in SHAPES[name][0])
 
 
+def _check_nulls(values: Mapping[str, Any], shapes: Sequence[Sequence[str]]) -> None:
+    """Raise a BadRow if the row has all columns of a shape, one of them null: no mapping would help it."""
+    for needs in shapes:
+        nulls = [role for role in needs if role in values and values[role] is None]
+        if nulls and all(role in values for role in needs):
+            raise BadRow(
+                "a null column",
+                f"{_listed(nulls)} {'is' if len(nulls) == 1 else 'are'} null. "
+                "Fill it in, remove the row, or set data.on_bad_row: skip.",
+            )
+
+
 def _messages(given: Any, column: str, role: str | None = None) -> list[dict[str, Any]]:
     """Return the messages of a column: a list of them, its JSON text (CSV has no lists), or one string of `role`."""
     if isinstance(given, str):
@@ -177,7 +192,8 @@ def _messages(given: Any, column: str, role: str | None = None) -> list[dict[str
             return [{"role": role, "content": given}]
         given = _from_json(given, column)
     if not isinstance(given, Sequence):
-        raise BadRow("messages of the wrong type", f"'{column}' must be a list, got {type(given).__name__}.")
+        allowed = "a list" if role is None else "text or a list of messages"
+        raise BadRow("messages of the wrong type", f"'{column}' must be {allowed}, got {type(given).__name__}.")
     if not given:
         raise BadRow("no messages", f"'{column}' is an empty list.")
     return [_message(message, f"{column}[{index}]") for index, message in enumerate(given)]
@@ -194,6 +210,13 @@ def _message(given: Any, where: str) -> dict[str, Any]:
             raise BadRow("an unknown speaker", f"{where}.from: '{speaker}' is none of {_listed(SPEAKERS)}.")
         message = {"role": SPEAKERS[speaker], "content": message.pop("value", None), **message}
     if not isinstance(message.get("role"), str):
+        written = next((key for key in ("role", "from") if key in given), None)
+        if written is not None:
+            value = given[written]
+            told = "is null" if value is None else f"must be a string, got {type(value).__name__}"
+            raise BadRow(
+                "a message without a role", f"{where}.{written} {told}. Write who speaks: user, assistant, ..."
+            )
         raise BadRow("a message without a role", f"{where} needs 'role' and 'content'; it has {_listed(given)}.")
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
