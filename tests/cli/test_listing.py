@@ -73,6 +73,15 @@ def test_a_result_that_is_damaged_is_told_beside_the_table(trained, tmp_path):
     assert "result.json" in result.stderr and "first" in result.stdout
 
 
+def test_a_loss_that_is_no_number_is_shown_as_it_stands(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").touch()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": "x", "valid_loss": [1]}\n')
+    result = invoke("runs", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"^run .* 1 +\[1\] +- +x ", result.stdout, re.M)
+
+
 def test_a_folder_without_runs_says_how_to_start_one(tmp_path):
     result = invoke("runs", tmp_path)
     assert (result.exit_code, result.stdout) == (0, "")

@@ -188,6 +188,21 @@ def test_the_list_tells_the_state_of_every_run(tmp_path):
         list_runs(tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl"])
+@pytest.mark.parametrize("odd", ["folder", "bytes"])
+def test_a_file_that_cannot_be_read_is_a_note_of_its_run_and_hides_no_other(tmp_path, name, odd):
+    for run in ("a", "b"):
+        train(tmp_path / run)
+    (tmp_path / "a" / name).unlink()
+    if odd == "folder":
+        (tmp_path / "a" / name).mkdir()
+    else:
+        (tmp_path / "a" / name).write_bytes(b"\xff\n")
+    first, second = list_runs(tmp_path)
+    assert str(tmp_path / "a" / name) in first.note
+    assert second.state == "finished" and not second.note
+
+
 def test_listing_runs_and_importing_the_room_needs_no_torch():
     code = "import sys, onebase.files.run_folder, onebase.files.peft_format, onebase.files.model_card; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -155,9 +155,9 @@ def _run_row(run: "RunSummary") -> Sequence[str]:
             run.name,
             run.state_text,
             steps,
-            terminal.loss(last.get("valid_loss")),
+            _loss(last.get("valid_loss")),
             "-",
-            terminal.loss(last.get("loss")),
+            _loss(last.get("loss")),
             "-",
             "-",
         )
@@ -171,6 +171,11 @@ def _run_row(run: "RunSummary") -> Sequence[str]:
         f"{result.examples_per_s:.2f}",
         terminal.size(result.peak_device_bytes or result.peak_rss_bytes),
     )
+
+
+def _loss(value: Any) -> str:
+    """Return the loss of a metrics record, whose values nothing has checked; one that is no number as it stands."""
+    return terminal.loss(value) if value is None or isinstance(value, int | float) else str(value)
 
 
 def _run_facts(run: "RunSummary") -> dict[str, Any]:

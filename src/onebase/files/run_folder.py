@@ -226,12 +226,12 @@ def summarise(path: Path) -> RunSummary:
     records: list[dict[str, Any]] = []
     try:
         result = read_result(path)
-    except FileFormatError as error:
-        notes.append(str(error))
+    except (OSError, ValueError) as error:  # a FileFormatError is a ValueError
+        notes.append(_told(error, path / RESULT_NAME))
     try:
         records = read_metrics(path / METRICS_NAME)
-    except FileFormatError as error:
-        notes.append(str(error))
+    except (OSError, ValueError) as error:
+        notes.append(_told(error, path / METRICS_NAME))
     state: State = "stopped" if checkpoints else "failed"
     if result is not None:
         state = "finished"
@@ -247,6 +247,11 @@ def summarise(path: Path) -> RunSummary:
         result=result,
         note="\n".join(notes),
     )
+
+
+def _told(error: Exception, path: Path) -> str:
+    """Return what is wrong with a file: our own message, or the system's with the file's name."""
+    return str(error) if isinstance(error, FileFormatError) else f"{path}: cannot be read: {error}"
 
 
 def run_bytes(parameter_bytes: int, optimizer_bytes: int, *, keep: int, keep_best: bool) -> int:
