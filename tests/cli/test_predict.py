@@ -1,6 +1,7 @@
 """Laws of `onebase predict`: an answer for every row, in their order, whole or not at all."""
 
 import json
+import os
 
 import pytest
 
@@ -78,12 +79,11 @@ def test_answers_that_were_cut_off_are_counted(trained):
 def test_a_row_without_a_question_stops_everything_before_the_first_answer(trained, tmp_path):
     rows = [*chats(2), {"text": "no question"}]
     out = tmp_path / "answers.jsonl"
-    out.write_text("before\n")
     data = write_rows(tmp_path / "asked.jsonl", rows)
     result = invoke("predict", trained / "run", "--data", data, "--out", out)
     assert result.exit_code == 2
     assert "line 3" in result.stderr
-    assert out.read_text() == "before\n"
+    assert list(tmp_path.glob("answers*")) == []
 
 
 @pytest.mark.parametrize("kind", ["file in the way", "folder"])
@@ -93,6 +93,35 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_opened(tmp_p
     result = invoke("predict", tmp_path / "no-such-run", "--data", tmp_path / "no.jsonl", "--out", out)
     assert result.exit_code == 2
     assert "the answers" in result.stderr and "no-such-run" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "link.jsonl", "hard.jsonl", "before.jsonl", "fifo", "device"])
+@pytest.mark.parametrize("data", ["rows.jsonl", "."])
+def test_nothing_that_is_there_is_replaced_and_that_is_told_before_the_model_is_opened(tmp_path, name, data):
+    rows = write_rows(tmp_path / "rows.jsonl", chats(2))
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    (tmp_path / "hard.jsonl").hardlink_to(rows)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/null")
+    before = write_rows(tmp_path / "before.jsonl", chats(1))
+    held = {path: path.read_bytes() for path in (rows, before)}
+    result = invoke("predict", tmp_path / "no-such-run", "--data", tmp_path / data, "--out", tmp_path / name)
+    assert result.exit_code == 2
+    assert "--out: " in result.stderr and name in result.stderr and "no-such-run" not in result.stderr
+    if name in ("fifo", "device"):
+        assert "no regular file" in result.stderr
+    elif name == "before.jsonl" and data == "rows.jsonl":
+        assert "is there already; choose another --out or delete it" in result.stderr
+    else:
+        assert "take the place of the rows" in result.stderr
+    assert {path: path.read_bytes() for path in held} == held
+
+
+def test_rows_are_never_taken_for_the_rest_of_an_interrupted_prediction(tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl.partial", chats(2))
+    result = invoke("predict", tmp_path / "no-such-run", "--data", rows, "--out", tmp_path / "a.jsonl")
+    assert result.exit_code == 2
+    assert "take the place of the rows" in result.stderr and "delete" not in result.stderr
 
 
 def _interrupted(monkeypatch, error, after):
@@ -114,13 +143,12 @@ def test_an_interruption_keeps_the_answers_that_are_finished(trained, tmp_path, 
     whole = _predict(*words)
     _interrupted(monkeypatch, error, after=2)
     out = tmp_path / "answers.jsonl"
-    out.write_text("before\n")
     result = invoke("predict", *words, "--max-new-tokens", 6, "--out", out)
     assert result.exit_code == code
     assert f"2 of 6 answers came; they are kept in {out}.partial" in result.stderr
     kept = _lines((tmp_path / "answers.jsonl.partial").read_text())
     assert len(kept) == 2 and all(line in whole for line in kept)
-    assert out.read_text() == "before\n"
+    assert not out.exists()
     again = invoke("predict", *words, "--max-new-tokens", 6, "--out", out)
     assert again.exit_code == 2 and "answers.jsonl.partial" in again.stderr
     assert _lines((tmp_path / "answers.jsonl.partial").read_text()) == kept

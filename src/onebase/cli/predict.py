@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the JSONL goes, written whole or not at all. Default: standard output."),
+        typer.Option(help="A new file for the JSONL, written whole or not at all. Default: standard output."),
     ] = None,
     column: Annotated[str, typer.Option(help="What the column with the answers is called.")] = "prediction",
     max_new_tokens: options.MaxNewTokens = 256,
@@ -47,7 +48,7 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
     rows; what Ctrl-C or a failure interrupts leaves OUT.partial.
     """
     if out is not None:
-        _check_place(out)
+        _check_place(out, data)
     opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     rows = _rows(opened, data)
     _check_column(rows, column)
@@ -65,18 +66,35 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def _check_place(out: Path) -> None:
-    """Raise before the work if the answers could not be written where they are to go, or others would be lost."""
+def _check_place(out: Path, data: str) -> None:
+    """Raise before the work if the answers could not be written where they are to go, or something would be lost."""
     from onebase.files.atomic import ensure_writable
 
+    partial = partial_of(out)
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a folder; name the file that the answers go to.")
-    ensure_writable(out.parent, 0, writing="the answers")
-    if partial_of(out).exists():
+    if any(_are_same_file(path, data) for path in (out, partial)):
+        raise ConfigError(f"--out: {out} would take the place of the rows of --data {data}; name another file.")
+    if out.exists() and not out.is_file():
         raise ConfigError(
-            f"--out: {partial_of(out)} holds the answers of a prediction that was interrupted, or is still under way. "
+            f"--out: {out} is no regular file; name a new file, or leave --out away and redirect standard output."
+        )
+    if out.exists():
+        raise ConfigError(f"--out: {out} is there already; choose another --out or delete it.")
+    ensure_writable(out.parent, 0, writing="the answers")
+    if os.path.lexists(partial):
+        raise ConfigError(
+            f"--out: {partial} holds the answers of a prediction that was interrupted, or is still under way. "
             "Move or delete it, or name another file."
         )
+
+
+def _are_same_file(path: Path, data: str) -> bool:
+    """Return whether a path is that of the rows, or of a file in the folder of the rows, by whatever name."""
+    if not path.is_file():
+        return False
+    files = Path(data).iterdir() if Path(data).is_dir() else [Path(data)]
+    return any(file.is_file() and file.samefile(path) for file in files)
 
 
 def _rows(opened: Opened, data: str) -> Sequence["Row"]:
