@@ -1,12 +1,12 @@
 """From data settings to examples: what is split off, what counts how often, and how long an example may be."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from onebase.config.settings import DEFAULT_MAX_LENGTH, DataSettings
-from onebase.errors import ConfigError
+from onebase.errors import ConfigError, ModelError
 from onebase.train.data import load_data, max_length_of
 from tests.data.tiny import byte_tokenizer
 from tests.train.runs import definitions, write_rows
@@ -17,6 +17,7 @@ class Reader:
     name: str = "tiny"
     tokenizer: Any = None
     max_length: int | None = 256
+    embedding_rows: int | None = None
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,11 @@ def test_more_tokens_than_the_model_takes_and_a_model_without_a_tokenizer_are_re
     path = str(write_rows(tmp_path / "rows.jsonl", definitions(2)))
     with pytest.raises(ConfigError, match="tiny has no tokenizer"):
         load_data(data_settings(train=path), "chat", Reader())
+
+
+def test_tokens_beyond_the_models_embedding_are_refused_with_both_numbers(tmp_path, reader):
+    settings = data_settings(train=str(write_rows(tmp_path / "rows.jsonl", definitions(2))))
+    largest = int(load_data(settings, "chat", reader).train.examples.token_ids.max())
+    load_data(settings, "chat", replace(reader, embedding_rows=largest + 1))
+    with pytest.raises(ModelError, match=rf"token id {largest}, but its embedding has {largest} rows"):
+        load_data(settings, "chat", replace(reader, embedding_rows=largest))

@@ -86,6 +86,12 @@ class Base:
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if length is None else int(length)
 
+    @property
+    def embedding_rows(self) -> int | None:
+        """How many token ids the model knows (often more than its tokenizer has); None if it embeds no tokens."""
+        rows: int | None = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        return rows
+
     def hidden(self, token_ids: Tensor, route: Route) -> Tensor:
         """Return the last hidden state of every token of `route.layout`, (tokens, hidden), in the layout's order.
 

@@ -57,6 +57,7 @@ class _Reader:
     name: str
     tokenizer: Any
     max_length: int | None
+    embedding_rows: int | None = None
 
 
 def example_fields(example: "Example", tokenizer: Any) -> dict[str, Any]:

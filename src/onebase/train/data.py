@@ -11,7 +11,7 @@ from onebase.config.settings import DEFAULT_MAX_LENGTH, DataPart, DataSettings
 from onebase.data.examples import Examples, Report, build_examples
 from onebase.data.reading import read_rows
 from onebase.data.rows import Row, split_by_hash
-from onebase.errors import ConfigError
+from onebase.errors import ConfigError, ModelError
 
 
 class Reader(Protocol):
@@ -28,6 +28,10 @@ class Reader(Protocol):
     @property
     def max_length(self) -> int | None:
         """The most tokens that it takes, where it says."""
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """How many token ids it knows; None where its weights are not open."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,12 @@ def load_rows(source: Any, settings: DataSettings, task: str, base: Reader) -> P
 
 
 def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Reader, files: tuple[str, ...]) -> Prepared:
-    """Return rows as examples under the data settings."""
+    """Return rows as examples under the data settings.
+
+    Raises:
+        DataError: rows that cannot be used.
+        ModelError: the tokenizer has tokens that the model does not know.
+    """
     if base.tokenizer is None:
         raise ConfigError(f"{base.name} has no tokenizer, so task {task!r} cannot read its rows. Choose another model.")
     examples, report = build_examples(
@@ -92,6 +101,13 @@ def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Reader
         template=settings.template,
         on_bad_row=settings.on_bad_row,
     )
+    largest, rows_known = int(examples.token_ids.max(initial=0)), base.embedding_rows
+    if rows_known is not None and largest >= rows_known:
+        raise ModelError(
+            f"{base.name}: its tokenizer gave token id {largest}, but its embedding has {rows_known} rows, so ids up to "
+            f"{rows_known - 1}. Were tokens added to the tokenizer alone? Resize the model's embeddings and save both "
+            "together, or use the tokenizer that came with the model."
+        )
     return Prepared(examples, report, files)
 
 
