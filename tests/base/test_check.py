@@ -50,6 +50,15 @@ def test_numbers_that_are_none_are_seen(monkeypatch):
     assert tiny.base_of("llama").layout_kind == "padded"
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_model_whose_own_results_are_not_finite_is_refused_as_damaged(name):
+    model = tiny.model_of(name)
+    with torch.no_grad():
+        next(p for path, p in model.named_parameters() if "layer" in path and p.dim() == 2)[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="own results are not finite in float32: its weights are damaged"):
+        Base(model, name="odd")
+
+
 def test_an_encoder_with_a_wrong_mask_is_seen(monkeypatch):
     assert broken_base(monkeypatch, "bert", causal=True) == "padded"
 

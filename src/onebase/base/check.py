@@ -67,6 +67,11 @@ def choose_layout(base: Base) -> Literal["flat", "padded"]:
     """
     examples = _probe(base)
     expected = _own_results(base, examples)
+    if not all(bool(own.isfinite().all()) for own, _ in expected):
+        raise ModelError(
+            f"{base.name}: the model's own results are not finite in {str(base.dtype).removeprefix('torch.')}: its weights "
+            "are damaged (NaN or infinity in them), or too large for this dtype. Get them again, or set dtype: float32."
+        )
     padding = getattr(base.model.config, "pad_token_id", None)
     found = []
     for kind, offset in (("flat", 0), ("flat", (padding or 0) + 1), ("padded", 0)):
