@@ -1,6 +1,7 @@
 """A name leads to one model, opened exactly as stored and frozen; whatever stands in the way is named."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -148,6 +149,29 @@ def test_a_model_that_brings_its_own_code_is_not_run_unless_trusted(folder, tmp_
     assert type(model).__name__ == "OwnForCausalLM"
     assert proof.exists()
     assert "running Python code that comes with the model" in said[0]
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 0}, {"hidden_size": "x"}, {"vocab_size": None}])
+def test_an_impossible_configuration_is_an_error_that_names_the_folder(folder, changes):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=f"cannot open {re.escape(str(folder))}"):
+        reopen(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer_config.json", b"["),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_a_damaged_tokenizer_is_an_error_that_names_its_folder_and_files(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelError, match=f"the tokenizer in {re.escape(str(folder))} cannot be opened") as caught:
+        reopen(folder)
+    assert name in str(caught.value) or "chat template" in str(caught.value)
 
 
 def test_an_architecture_that_transformers_does_not_know_is_an_error_that_names_it(folder):

@@ -40,6 +40,7 @@ from onebase.errors import (
     FileFormatError,
     MissingExtraError,
     ModelError,
+    OnebaseError,
     list_problems,
 )
 
@@ -228,7 +229,7 @@ def open_pretrained(
         config = transformers.AutoConfig.from_pretrained(place.folder, **arguments)
         prequantised = getattr(config, "quantization_config", None) is not None
         if not prequantised and dtype is not None:
-            memory.check_room_for(place.name, weight_count(place.folder) * dtype.itemsize)
+            memory.check_room_for(place.name, weight_count(place.folder) * dtype.itemsize, f"{_SMALLER}.")
         model, loading = _model_class(config).from_pretrained(
             place.folder,
             config=config,
@@ -260,8 +261,20 @@ def open_tokenizer(place: ModelPlace, *, trust_remote_code: bool = False) -> tup
 def _tokenizer(place: ModelPlace, arguments: dict[str, Any]) -> Any:
     import transformers
 
-    has_one = any((place.folder / name).is_file() for name in _TOKENIZER_FILES)
-    return transformers.AutoTokenizer.from_pretrained(place.folder, **arguments) if has_one else None
+    files = [name for name in _TOKENIZER_FILES if (place.folder / name).is_file()]
+    if not files:
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place.folder, **arguments)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged file raises depends on the place of the damage
+        if "trust_remote_code" in str(error):
+            raise
+        raise ModelError(
+            f"{place.name}: the tokenizer in {place.folder} cannot be opened: {first_line(error)}\n"
+            f"Is one of its files damaged ({', '.join(files)}, the chat template)? Get them again."
+        ) from error
 
 
 def _model_class(config: Any) -> Any:
@@ -310,7 +323,9 @@ def _explained_open_errors(place: ModelPlace) -> Iterator[None]:
         raise MissingExtraError(
             f"{place.name}: opening it needs a package that is not here: {first_line(error)}"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except OnebaseError:
+        raise
+    except Exception as error:  # configurations are checked by whatever first trips over them
         text = str(error)
         if "out of memory" in text or "can't allocate memory" in text:
             raise CapacityError(f"{place.name}: does not fit into memory ({first_line(error)}). {_SMALLER}") from error
