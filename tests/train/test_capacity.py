@@ -37,7 +37,15 @@ def bank(shop):
 def limited(monkeypatch, bank, examples, tokens, recompute=False):
     """Let memory be enough for as many tokens, by the count that the check itself makes."""
     per_token = capacity.kept_bytes_per_token(bank, "learner", examples, recompute=recompute)
-    monkeypatch.setattr(memory, "available_bytes", lambda: int(capacity._RESERVE * per_token * (tokens + 0.5)))
+    beside = capacity._BESIDE_WEIGHTS * bank.adapters["learner"].parameter_count
+    monkeypatch.setattr(memory, "available_bytes", lambda: int(beside + capacity._RESERVE * per_token * (tokens + 0.5)))
+
+
+def test_an_adapter_whose_optimiser_state_does_not_fit_is_refused_by_name(bank, monkeypatch):
+    count = bank.adapters["learner"].parameter_count
+    monkeypatch.setattr(memory, "available_bytes", lambda: 19 * count)
+    with pytest.raises(CapacityError, match=r"optimiser state.*'learner' need .*adapter\.r"):
+        capacity.fit_budget(bank, "learner", examples_of(30, 30), 2, "auto")
 
 
 def test_a_budget_that_was_set_and_does_not_fit_is_refused_with_one_that_does(bank, monkeypatch):

@@ -11,9 +11,10 @@ from onebase.base import memory
 from onebase.config.reading import read_settings
 from onebase.errors import CapacityError, ConfigError, ResumeError
 from onebase.files.result import read_result
+from onebase.train import run as run_module
 from onebase.train.stop import Stopped
 from tests.train import runs
-from tests.train.runs import FEW, Watching, Workshop, checkpoint_names, metrics
+from tests.train.runs import FEW, Watching, Workshop, adapter_bytes, checkpoint_names, metrics
 
 
 def test_a_folder_with_a_run_is_left_alone_without_resume(shop, finished):
@@ -114,7 +115,29 @@ def test_a_run_that_is_resumed_with_too_little_memory_says_so(shop, tmp_path, mo
     with pytest.raises(Stopped):
         runs.run(settings, tmp_path / "run", watching=watching)
     monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
-    monkeypatch.setattr(memory, "check_room_for", lambda name, needed_bytes: None)
+    monkeypatch.setattr(memory, "check_room_for", lambda *args: None)
     with pytest.raises(CapacityError, match=r"resumed run keeps the micro-batches.*another --out"):
         runs.run(settings, tmp_path / "run", resume=True)
     assert checkpoint_names(tmp_path / "run")
+
+
+def test_an_edited_configuration_in_the_run_folder_is_noticed_on_resume(shop, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        runs.run(shop.settings(adapter=FEW, train={"steps": 4}), out, watching=Watching(stop_after={2}))
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 4", "steps: 5"))
+    with pytest.raises(ResumeError, match=r"the settings \(config\.yaml"):
+        runs.run(read_settings(config), out, resume=True)
+
+
+def test_a_run_whose_adapter_cannot_be_written_keeps_its_last_step(shop, tmp_path, monkeypatch):
+    out, settings = tmp_path / "run", shop.settings(adapter=FEW, train={"steps": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_run_adapter", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runs.run(settings, out)
+    assert checkpoint_names(out) == ["step-00000003"]
+    watching = Watching()
+    assert runs.run(settings, out, resume=True, watching=watching).steps == 3
+    assert watching.steps == [] and adapter_bytes(out)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters.layer import AdaptedLayer, path_key
-from onebase.adapters.lora import LoraTarget, make_target
+from onebase.adapters.lora import LoraTarget, make_target, rank_and_alpha
 from onebase.adapters.matching import Candidate, check_patterns, choose_targets
+from onebase.base import memory
 from onebase.base.model import Base, padded_rows, padded_segments
 from onebase.base.route import Route, RowSpace
 from onebase.base.targets import list_targets
@@ -124,9 +125,11 @@ class Bank:
         )
         patterns = {"rank_pattern": [*settings.rank_pattern], "alpha_pattern": [*settings.alpha_pattern]}
         check_patterns(patterns, match.paths, self.base.name)
+        shapes = {path: self._module(path).weight.shape for path in match.paths}
+        numbers = sum(rank_and_alpha(settings, path)[0] * sum(shape) for path, shape in shapes.items())
+        memory.check_room_for(f"adapter {name!r}", 4 * numbers, "Set a smaller adapter.r, or fewer target_modules.")
         targets = {}
-        for path in match.paths:
-            shape = self._module(path).weight.shape
+        for path, shape in shapes.items():
             targets[path] = make_target(settings, path, (shape[0], shape[1]), seed, self.base.device)
         adapter = Adapter(name, settings, seed, targets, match.warnings)
         if tensors is not None:

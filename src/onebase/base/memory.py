@@ -48,8 +48,8 @@ def available_bytes() -> int:
     return max(0, min(limits))
 
 
-def check_room_for(name: str, needed_bytes: int) -> None:
-    """Raise if weights do not fit: on a CPU nothing else does, the system ends the process in the middle of loading.
+def check_room_for(name: str, needed_bytes: int, todo: str) -> None:
+    """Raise if weights do not fit: on a CPU nothing else does, the system ends the process in the middle of making them.
 
     Raises:
         CapacityError: how much is needed, how much there is, what would fit.
@@ -57,8 +57,7 @@ def check_room_for(name: str, needed_bytes: int) -> None:
     free = available_bytes()
     if needed_bytes > free:
         raise CapacityError(
-            f"{name}: its weights need {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free. End other "
-            "programs, choose a smaller model, or set dtype: bfloat16."
+            f"{name}: its weights need {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free. {todo}"
         )
 
 

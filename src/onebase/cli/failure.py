@@ -60,7 +60,7 @@ def _unexpected(error: Exception) -> tuple[str, str]:
     """Return the name and the words for an error that is none of ours."""
     lines = str(error).strip().splitlines() or ["no message"]
     name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in lines[0]:
         return "CapacityError", f"memory ran out ({lines[0]}). Free some, or choose a smaller model or batch."
     if isinstance(error, OSError):
         return name, f"{error}. Check the path and the disk; --debug shows where it happened."

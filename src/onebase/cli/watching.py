@@ -40,14 +40,19 @@ Shown = Callable[Concatenate["Watching", P], None]
 
 
 def _outlives_its_terminal(show: Shown[P]) -> Shown[P]:
-    """Return a method that shows something, or nothing where the terminal was closed: the training has to be saved."""
+    """Return a method that shows something, or nothing where nobody reads it any more: the training goes on.
+
+    A closed terminal is EIO, a full disk behind a redirection ENOSPC; rich answers a closed pipe with SystemExit.
+    """
 
     @functools.wraps(show)
     def shown(watching: "Watching", /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             show(watching, *args, **kwargs)
+        except SystemExit:
+            terminal.let_go_of_closed()
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in (errno.EIO, errno.EPIPE, errno.ENOSPC):
                 raise
             terminal.let_go_of_closed()
 
@@ -87,12 +92,14 @@ class Watching:
             self._live.stop()
             self._live = None
 
+    @_outlives_its_terminal
     def loaded(self, data: "TrainingData") -> None:
         """Show what became of the rows."""
         show_rows(self._console, data)
         self._console.print()
         self._say_waiting("trying the largest micro-batch")
 
+    @_outlives_its_terminal
     def started(self, plan: "Plan") -> None:
         """Show the plan, and begin the line that moves."""
         self._plan, self._step = plan, plan.first_step

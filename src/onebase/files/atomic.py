@@ -204,10 +204,12 @@ def _working_on(hidden: Path) -> Iterator[None]:
 
 
 def _refuse_wrong_kind(path: Path, *, folder: bool) -> None:
-    """Refuse to put a folder where a file is, and a file where a folder is."""
+    """Refuse to put a folder where a file is, and a file where a folder or a device is."""
     if path.exists() and path.is_dir() != folder:
         number = errno.EEXIST if folder else errno.EISDIR
         raise OSError(number, os.strerror(number), str(path))
+    if path.exists() and not folder and not path.is_file():
+        raise OSError(errno.EINVAL, "is a device or a pipe, no file that can be replaced", str(path))
 
 
 def _put_in_place(hidden: Path, target: Path) -> None:

@@ -22,6 +22,7 @@ from onebase.measure.forward import forward_loss
 
 AUTO_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 _PROBE_TOKENS = 64
+_BESIDE_WEIGHTS = 20  # bytes a trained number: its gradient, AdamW's two, its first value, its best one
 _RECOMPUTE = "train.activation_checkpointing: true"
 _RESERVE = 1.2  # allocator slack, and what the backward needs besides: measured 1.05 to 1.15
 
@@ -43,7 +44,14 @@ def fit_budget(
     longest = int(lengths.max())
     if bank.base.device.type == "cpu":
         per_token = _RESERVE * kept_bytes_per_token(bank, name, examples, recompute=recompute)
-        fits = int(memory.available_bytes() / per_token)
+        free = memory.available_bytes() - _BESIDE_WEIGHTS * bank.adapters[name].parameter_count
+        if free <= 0:
+            raise CapacityError(
+                f"gradients, optimiser state and copies of adapter {name!r} need "
+                f"{_BESIDE_WEIGHTS * bank.adapters[name].parameter_count / 1e9:.1f} GB, "
+                f"{memory.available_bytes() / 1e9:.1f} GB are free. Set a smaller adapter.r, or end other programs."
+            )
+        fits = int(free / per_token)
         needed = max(min(budget, int(np.sort(lengths)[-batch_size:].sum())), longest)
         if needed > fits and (not automatic or longest > fits):
             raise CapacityError(_too_little(needed, longest, fits, per_token, recompute))

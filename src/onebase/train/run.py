@@ -6,6 +6,7 @@ of its cost: the folder, the settings of a resumed run, the model, the targets, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from onebase.config.reading import read_settings
 from onebase.config.settings import Settings, TrainSettings
 from onebase.config.writing import diff_settings, dump_settings
 from onebase.data.examples import Examples
-from onebase.errors import CapacityError, ConfigError, FileFormatError, ResumeError, TrainingError, list_problems
+from onebase.errors import CapacityError, ConfigError, FileFormatError, ResumeError, list_problems
 from onebase.files.atomic import ensure_writable
 from onebase.files.checkpoint import Checkpoint
 from onebase.files.peft_format import read_adapter
@@ -85,19 +86,26 @@ def train_run(
         data = load_data(settings.data, settings.task, base)
         progress.loaded(data)
         job = Job(bank, adapter, data.train.examples, data.valid.examples if data.valid else None, settings.train)
-        job = replace(job, shuffle=settings.data.shuffle, evaluation_tokens=settings.eval.batch_tokens)
+        job = replace(
+            job,
+            shuffle=settings.data.shuffle,
+            evaluation_tokens=settings.eval.batch_tokens,
+            settings_sha256=hashlib.sha256(dump_settings(settings).encode()).hexdigest(),
+        )
         member = start(job, folder, checkpoint, progress)
         folder.rewind(member.books.step if checkpoint else None)
         folder.write_config(dump_settings(settings))
         try:
-            train_member(job, member, folder, progress, stop or StopRequest())
-        except TrainingError:
-            if (
-                member.books.step == 0 and not folder.checkpoints
-            ):  # nothing to keep: the folder is free for a second try
-                folder.config_path.unlink()
-            raise
-        adapter_bytes = save_run_adapter(folder.adapter_path, member, settings, data)
+            loop = train_member(job, member, folder, progress, stop or StopRequest())
+        finally:
+            if member.books.step == 0 and not folder.checkpoints:  # nothing to keep: free for a second try
+                folder.config_path.unlink(missing_ok=True)
+        adapter_bytes = 0
+        try:
+            adapter_bytes = save_run_adapter(folder.adapter_path, member, settings, data)
+        finally:
+            if not adapter_bytes:  # it could not be written: the last steps must not be lost with it
+                loop.save()
         result = result_of(job, member, adapter_bytes=adapter_bytes)
         folder.finish(result, keep=settings.train.keep_checkpoints)
         progress.saved(folder.adapter_path)
@@ -115,6 +123,8 @@ class Job:
     settings: TrainSettings
     shuffle: bool = True
     evaluation_tokens: int | str = "auto"
+    settings_sha256: str = ""
+    """Of the whole settings file of a run: a checkpoint goes on under the settings that it was made with."""
 
 
 def add_adapter(bank: Bank, settings: Settings) -> Adapter:
@@ -191,8 +201,8 @@ def _budget_of_before(job: Job, budget: int) -> int:
         ) from error
 
 
-def train_member(job: Job, member: Member, folder: RunFolder | None, progress: Progress, stop: StopRequest) -> None:
-    """Train a started member to its end and leave the tensors that are to be kept in its adapter."""
+def train_member(job: Job, member: Member, folder: RunFolder | None, progress: Progress, stop: StopRequest) -> Loop:
+    """Train a started member to its end, leave the tensors that are to be kept in its adapter, and return the loop."""
     base = job.bank.base
     tokens = EVALUATION_TOKENS if job.evaluation_tokens == "auto" else int(job.evaluation_tokens)
     state = {"identity": identity_of(job), "micro_batch_tokens": member.budget_tokens}
@@ -201,6 +211,7 @@ def train_member(job: Job, member: Member, folder: RunFolder | None, progress: P
     with stop.listening(), learning, base.activation_checkpointing(job.settings.activation_checkpointing):
         loop.run(stop)
     restore_best_(member)
+    return loop
 
 
 def identity_of(job: Job) -> dict[str, Any]:
@@ -209,6 +220,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "base_fingerprint": job.bank.base.fingerprint,
         "train_fingerprint": job.train.fingerprint,
         "valid_fingerprint": None if job.valid is None else job.valid.fingerprint,
+        "settings_sha256": job.settings_sha256,
         "dtype": str(job.bank.base.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -297,6 +309,7 @@ _SAME = {
     "train_fingerprint": "the training rows",
     "valid_fingerprint": "the validation rows",
     "dtype": "the base's number format",
+    "settings_sha256": "the settings (config.yaml in the run's folder)",
 }
 
 

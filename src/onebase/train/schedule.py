@@ -44,7 +44,7 @@ def warmup_of(total_steps: int, warmup_steps: int | None, warmup_ratio: float) -
 
 def total_steps_of(per_epoch: int, epochs: float, steps: int | None) -> int:
     """Return the number of optimiser steps: as given, or the epochs', rounded up (1.1 epochs of 100 steps are 110)."""
-    return math.ceil(round(per_epoch * epochs, 6)) if steps is None else steps
+    return max(1, math.ceil(round(per_epoch * epochs, 6))) if steps is None else steps
 
 
 def never_due(
