@@ -1,9 +1,12 @@
 """Laws of `onebase chat`: the model's own answers, token by token, to a conversation that is remembered or forgotten."""
 
+import os
+import subprocess
+
 import pytest
 
 from onebase.measure.generate import generate
-from tests.cli.world import Terminal, invoke, model_in
+from tests.cli.world import Terminal, invoke, model_in, process
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +69,31 @@ def test_a_model_can_be_talked_to_without_an_adapter(trained, opened):
 
 
 def test_a_question_that_is_too_long_does_not_end_the_conversation(trained, opened):
-    result = _chat(trained, "dog " * 300, "What is a dog?")
-    assert "at most 256" in result.stderr
+    words = ["chat", trained / "run", "--max-new-tokens", 8]
+    result = invoke(*words, stdin="\n" + "dog " * 300 + "\nWhat is a dog?\n")
+    assert result.exit_code == 2
+    assert "at most 256" in result.stderr and "line 2: 1 question without an answer" in result.stderr
     assert result.stdout == _answer(opened, opened.adapter, "What is a dog?") + "\n"
+
+
+def test_bytes_that_are_not_utf8_are_named_by_their_line_after_the_answers_before_it(trained, opened):
+    result = invoke("chat", trained / "run", "--max-new-tokens", 8, stdin=b"What is a dog?\r\ncaf\xe9\n")
+    assert result.exit_code == 2
+    assert "standard input, line 2: must be UTF-8, got the byte 0xe9 at place 4" in result.stderr
+    assert result.stdout == _answer(opened, opened.adapter, "What is a dog?") + "\n"
+
+
+def test_letters_of_any_alphabet_are_read_as_utf8_in_any_locale(trained, opened):
+    child = process(trained, "chat", "run", "--max-new-tokens", 8, stdin=subprocess.PIPE, env={"LC_ALL": "POSIX"})
+    said, told = child.communicate("caf\u00e9\n", timeout=60)
+    assert child.returncode == 0, told
+    assert said.rstrip("\n") == _answer(opened, opened.adapter, "caf\u00e9").rstrip("\n")
+
+
+def test_a_closed_standard_input_is_the_end_of_the_questions(trained):
+    child = process(trained, "chat", "run", preexec_fn=lambda: os.close(0))
+    said, told = child.communicate(timeout=60)
+    assert (child.returncode, said, told) == (0, "", "")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ WORDS = ("dog", "cat", "mat", "house", "thing", "noun", "animal", "away")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def invoke(*words: Any, stdin: str | None = None, env: dict[str, str] | None = None) -> Result:
+def invoke(*words: Any, stdin: str | bytes | None = None, env: dict[str, str] | None = None) -> Result:
     """Return what a command prints on both streams, and its exit code."""
     result = CliRunner().invoke(app, [str(word) for word in words], input=stdin, env=env)
     unexpected = result.exception is not None and not isinstance(result.exception, SystemExit)

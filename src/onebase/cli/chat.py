@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onebase.measure.prompts import Asking
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+_SHOWN = 10
 _HELP = """/quit    leave (also Ctrl-D)
 /reset   forget the conversation
 /base    switch the adapter off, and on again
@@ -42,18 +43,36 @@ def chat(  # noqa: PLR0913 (a verb's options are its parameters)
 
     /reset forgets the conversation, /base switches the adapter off and on, /quit leaves; Ctrl-C stops an answer.
 
-    With standard input from a pipe, each line is a question and only the answers are printed.
+    With standard input from a pipe, each line is a question and only the answers are printed; the exit code is 2 if a
+    question got none.
     """
     opened = open_adapter_or_model(target, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     talk = Talk(opened, opened.asking(system), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    if sys.stdin.isatty():
+    if _at_terminal():
         terminal.say(f"{_who(opened)}. /help lists the commands.")
-    for line in _lines():
+    unanswered: list[int] = []
+    for number, line in enumerate(_lines(), start=1):
         if line.startswith("/"):
             if not _command(talk, line):
-                return
-        elif line.strip():
-            talk.ask(line)
+                break
+        elif line.strip() and not talk.ask(line):
+            unanswered.append(number)
+    if unanswered and not _at_terminal():
+        raise DataError(_without_answer(unanswered))
+
+
+def _at_terminal() -> bool:
+    """Return whether somebody types the questions; standard input is None where it was closed."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _without_answer(numbers: Sequence[int]) -> str:
+    """Return which questions of a pipe got no answer."""
+    shown = ", ".join(map(str, numbers[:_SHOWN])) + (" ..." if len(numbers) > _SHOWN else "")
+    lines = "line" if len(numbers) == 1 else "lines"
+    return (
+        f"standard input, {lines} {shown}: {terminal.counted(len(numbers), 'question')} without an answer, see above."
+    )
 
 
 def _who(opened: Opened) -> str:
@@ -71,8 +90,8 @@ class Talk:
         self._seed = seed
         self.messages: list[dict[str, str]] = []
 
-    def ask(self, question: str) -> None:
-        """Print the answer to a question as it comes; what Ctrl-C cut off stays in the conversation as it is."""
+    def ask(self, question: str) -> bool:
+        """Print the answer to a question as it comes, return whether there is one; what Ctrl-C cut off is one too."""
         from onebase.data.rows import BadRow
         from onebase.measure.generate import generate
 
@@ -82,7 +101,7 @@ class Talk:
             prompt = self.asking.of_messages(asked) if chatting else self.asking.of_text(question)
         except BadRow as bad:
             terminal.warn(bad.fault.message)
-            return
+            return False
         answer = _Answer(TokenText(self.asking.tokenizer, skip_special=True))
         try:
             generate(
@@ -98,10 +117,11 @@ class Talk:
             terminal.say("(stopped)")
         except DataError as error:
             terminal.warn(f"{error} /reset forgets the conversation.")
-            return
+            return False
         else:
             answer.end()
         self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+        return True
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -154,8 +174,8 @@ def _command(talk: Talk, line: str) -> bool:
 
 def _lines() -> Iterator[str]:
     """Yield the lines that are typed or piped in; two Ctrl-C in a row leave."""
-    if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+    if not _at_terminal():
+        yield from _piped_lines()
         return
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (importing it gives input() its line editing and history)
@@ -164,9 +184,13 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input("> ")
+            line.encode()  # fails where the terminal sent other bytes
         except EOFError:
             terminal.say("")
             return
+        except UnicodeError:
+            terminal.warn("the line is not UTF-8 text. Type it again.")
+            continue
         except KeyboardInterrupt:
             if interrupted:
                 raise
@@ -175,3 +199,15 @@ def _lines() -> Iterator[str]:
             continue
         interrupted = False
         yield line
+
+
+def _piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input, which are UTF-8 whatever the locale says; none where it is closed."""
+    for number, line in enumerate(() if sys.stdin is None else sys.stdin.buffer, start=1):
+        try:
+            yield line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"standard input, line {number}: must be UTF-8, got the byte 0x{line[error.start]:02x} at place "
+                f"{error.start + 1} of the line. Convert it, for example with: iconv -f LATIN1 -t UTF-8"
+            ) from None
