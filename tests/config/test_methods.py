@@ -31,6 +31,13 @@ def test_a_whole_alpha_stays_whole() -> None:
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"r": 0}, "r: must be at least 1, got 0."),
+    ({"r": 2**16 + 1}, "r: must be at most 65536, got 65537."),
+    ({"r": 10**400}, "r: must be at most 65536, got 1000"),
+    ({"rank_pattern": {"q_proj": 2**16 + 1}}, "rank_pattern.q_proj: must be at most 65536, got 65537."),
+    ({"lora_alpha": 1e9}, "lora_alpha: must be below 1000000000, got 1000000000.0."),
+    ({"lora_alpha": 10**400}, "lora_alpha: must be below 1000000000, got 1000"),
+    ({"lora_alpha": float("inf")}, "lora_alpha: must be "),
+    ({"alpha_pattern": {"q_proj": 1e300}}, "alpha_pattern.q_proj: must be below 1000000000, got 1e+300."),
     ({"r": True}, "r: must be a whole number, got true."),
     ({"r": 16.0}, "r: must be a whole number, got 16.0."),
     ({"r": "16"}, "r: must be a whole number, got '16'. Remove the quotes."),

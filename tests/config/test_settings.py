@@ -41,6 +41,9 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"eval": {"slices": ["a"]}},
         "eval.slices: not available in this version; evaluation covers the whole file. Remove it.",
     ),
+    ({"train": {"threads": 1025}}, "train.threads: must be at most 1024, got 1025."),
+    ({"train": {"threads": 10**30}}, "train.threads: must be at most 1024, got 1000"),
+    ({"train": {"threads": 0}}, "train.threads: must be at least 1, got 0."),
     ({"eval": {"metrics": ["auc"]}}, "eval.metrics: not available in this version; evaluation gives loss, perplexity"),
     ({"data": {"train": []}}, "data.train: must name at least one file, got []."),
     (

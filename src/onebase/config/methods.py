@@ -53,8 +53,8 @@ def in_preset(role: str, preset: str) -> bool:
 
 
 Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
-Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[int | float, Field(gt=0)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+Alpha = Annotated[int | float, Field(gt=0, lt=1_000_000_000)]
 
 
 class Lora(Section):

@@ -172,7 +172,7 @@ class TrainSettings(Section):
     activation_checkpointing: bool = Field(
         default=False, description="Compute activations again in backward: less memory, about a third slower."
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads. Default: torch's choice.")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads. Default: torch's choice.")
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[Problem]:
