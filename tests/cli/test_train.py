@@ -154,3 +154,12 @@ def test_a_closed_terminal_costs_no_step(world):
     (checkpoint,) = (world / "run/checkpoints").iterdir()
     done = [json.loads(line)["step"] for line in (world / "run/metrics.jsonl").read_text().splitlines()]
     assert int(checkpoint.name.removeprefix("step-")) == done[-1] > 0
+
+
+def test_a_closed_output_does_not_end_a_training(world):
+    config = settings_in(world)
+    training = process(world, "train", config, "--out", "run")
+    training.stdout.readline()
+    training.stdout.close()
+    assert training.wait(timeout=120) == 0, training.stderr.read()
+    assert (world / "run" / "result.json").exists()

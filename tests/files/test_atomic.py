@@ -2,6 +2,7 @@ import errno
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -252,3 +253,11 @@ def test_every_known_error_of_a_write_has_its_words(tmp_path):
     for number in {**atomic._FULL, **atomic._REFUSED}:
         with pytest.raises(OnebaseError, match="cannot write the test"), atomic.reporting(tmp_path, "the test", ""):
             raise OSError(number, os.strerror(number))
+
+
+def test_a_pipe_or_a_device_is_never_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OnebaseError, match="is a device or a pipe"):
+        atomic.write_file(tmp_path / "pipe", "text", writing="the test")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
