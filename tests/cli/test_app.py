@@ -110,3 +110,29 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "onebase", "--version"], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.stdout == f"onebase {onebase.__version__}\n"
+
+
+_INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv[0] = {name!r}
+from onebase.cli.app import main
+"""
+
+
+def test_ctrl_c_while_the_command_is_imported_leaves_without_a_word():
+    words = [sys.executable, "-c", _INTERRUPTED_IMPORT.format(name="/somewhere/bin/onebase")]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
+
+
+def test_a_program_that_imports_the_command_keeps_its_own_ctrl_c():
+    words = [sys.executable, "-c", _INTERRUPTED_IMPORT.format(name="mine.py")]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in found.stderr

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from onebase import __version__
-from onebase.cli import chat, evaluate, failure, listing, predict, preview, train
+from onebase.cli import chat, evaluate, failure, listing, predict, preview, raise_on_sigint, train
 
 app = typer.Typer(
     name="onebase",
@@ -73,4 +73,5 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "--debug" in arguments:  # wherever it stands
         arguments = ["--debug", *(word for word in arguments if word != "--debug")]
+    raise_on_sigint()
     app(args=arguments, prog_name="onebase")
