@@ -159,7 +159,8 @@ def test_a_closed_terminal_costs_no_step(world):
 def test_a_closed_output_does_not_end_a_training(world):
     config = settings_in(world)
     training = process(world, "train", config, "--out", "run")
+    assert training.stdout is not None
     training.stdout.readline()
     training.stdout.close()
-    assert training.wait(timeout=120) == 0, training.stderr.read()
+    assert training.wait(timeout=120) == 0
     assert (world / "run" / "result.json").exists()
