@@ -60,6 +60,15 @@ def test_a_split_that_leaves_a_side_empty_is_refused():
         split_by_hash(rows_of("a"), 0.0001)
 
 
+def test_of_few_rows_one_is_held_out_the_same_in_any_order():
+    rows = rows_of("abcdefghij")
+    train, valid = split_by_hash(rows, 0.0001)
+    assert len(valid) == 1 and len(train) == 9
+    assert split_by_hash(rows[::-1], 0.0001)[1] == valid
+    with pytest.raises(DataError, match="leaves no validation row"):
+        split_by_hash(rows_of("aaa"), 0.0001)
+
+
 def test_the_order_of_columns_is_no_content():
     one = {"prompt": "a", "completion": "b", "id": 1}
     assert content_hash(one) == content_hash(dict(reversed(one.items())) | {"id": 2})

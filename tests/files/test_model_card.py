@@ -59,6 +59,12 @@ def test_the_card_says_what_was_learned_from_what_and_how_to_load_it():
         assert part in card
 
 
+def test_the_card_opens_a_packaged_base_by_the_folder_that_transformers_knows():
+    assert 'AutoModelForCausalLM.from_pretrained(onebase.model_path("smollm2-135m-instruct"))' in model_card(FACTS)
+    on_hub = model_card(CardFacts(**{**vars(FACTS), "base": "org/model"}))
+    assert 'AutoModelForCausalLM.from_pretrained("org/model")' in on_hub and "import onebase" not in on_hub
+
+
 def test_the_card_names_no_folder_of_this_machine():
     facts = CardFacts(**{**vars(FACTS), "base": "/home/me/secret/models/mine"})
     card = model_card(facts)

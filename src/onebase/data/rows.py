@@ -81,10 +81,10 @@ def weigh(rows: Iterable[Row], weight: float) -> Iterator[Row]:
 
 
 def split_by_hash(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Return (train, valid), where valid holds about `fraction` of the rows, chosen by content.
+    """Return (train, valid), where valid holds about `fraction` of the rows, chosen by content, and at least one.
 
-    Rows with the same content land on the same side, so no row of valid is in train. Rows that could not be read
-    stay in train, where they are reported.
+    Rows with the same content land on the same side, so no row of valid is in train. Of few rows none may be chosen:
+    then the one with the lowest hash is. Rows that could not be read stay in train, where they are reported.
 
     Raises: DataError if `fraction` is not between 0 and 1, or a side would be empty.
     """
@@ -96,6 +96,12 @@ def split_by_hash(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list
     for row in rows:
         chosen = row.fault is None and content_hash(row.values, salt="valid") < limit
         (valid if chosen else train).append(row)
+    if not valid:
+        hashes = [content_hash(row.values, salt="valid") if row.fault is None else 2**64 for row in train]
+        lowest = min(hashes, default=2**64)
+        if any(lowest < other < 2**64 for other in hashes):
+            valid = [row for row, own in zip(train, hashes, strict=True) if own == lowest]
+            train = [row for row, own in zip(train, hashes, strict=True) if own != lowest]
     if not valid or not train:
         side = "validation" if not valid else "training"
         raise DataError(

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from onebase.base.packages import PACKAGES
+
 CARD_NAME = "README.md"
 _PIPELINES = {"chat": "text-generation", "text": "text-generation"}  # onebase's task: the hub's pipeline
 
@@ -139,6 +141,9 @@ def _cell(text: str) -> str:
 
 def _how_to_load(facts: CardFacts) -> str:
     base = public_name(facts.base)
+    opening = f'from_pretrained("{base}")  # a name on the hub, or its folder'
+    if facts.base in PACKAGES:  # a name of onebase's own, which transformers does not know
+        opening = f'from_pretrained(onebase.model_path("{base}"))'
     return "\n".join(
         [
             "## Use",
@@ -152,10 +157,11 @@ def _how_to_load(facts: CardFacts) -> str:
             "With peft:",
             "",
             "```python",
+            *(["import onebase"] if facts.base in PACKAGES else []),
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")  # a name on the hub, or its folder',
+            f"base = AutoModelForCausalLM.{opening}",
             'model = PeftModel.from_pretrained(base, "ADAPTER")',
             'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
             "```",
