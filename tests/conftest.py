@@ -1,11 +1,14 @@
 """What every test runs under: shapes are checked, hubs are never asked, and threads are few and fixed."""
 
 import os
+import signal
 from importlib.metadata import version
 
 # Before torch or a hub's client is imported, here and in the processes that tests start.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE") or "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two pools of spinning threads on the same cores take many times as long. Tests that need more ask torch for them.
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
