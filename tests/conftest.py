@@ -44,3 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def wide_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing wrap that a test looks for, however wide the terminal; tests of widths set their own."""
+    monkeypatch.setenv("COLUMNS", "160")

@@ -85,14 +85,14 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line_after_the_answers_befor
 
 def test_letters_of_any_alphabet_are_read_as_utf8_in_any_locale(trained, opened):
     child = process(trained, "chat", "run", "--max-new-tokens", 8, stdin=subprocess.PIPE, env={"LC_ALL": "POSIX"})
-    said, told = child.communicate("caf\u00e9\n", timeout=60)
+    said, told = child.communicate("caf\u00e9\n", timeout=240)
     assert child.returncode == 0, told
     assert said.rstrip("\n") == _answer(opened, opened.adapter, "caf\u00e9").rstrip("\n")
 
 
 def test_a_closed_standard_input_is_the_end_of_the_questions(trained):
     child = process(trained, "chat", "run", preexec_fn=lambda: os.close(0))
-    said, told = child.communicate(timeout=60)
+    said, told = child.communicate(timeout=240)
     assert (child.returncode, said, told) == (0, "", "")
 
 

@@ -84,7 +84,7 @@ def test_debug_may_stand_anywhere(tmp_path, where):
     words = {"before": ["--debug", *words], "after": [*words, "--debug"], "environment": words}[where]
     env = {failure.DEBUG_VARIABLE: "1"} if where == "environment" else {}
     running = process(tmp_path, *words, env=env)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=240)
     assert running.returncode == 2
     assert "Traceback" in err and err.rstrip().splitlines()[-1].startswith("ConfigError: no.yaml")
 

@@ -126,7 +126,7 @@ def test_a_signal_saves_a_checkpoint_and_the_command_it_prints_goes_on(world, nu
             break
     time.sleep(0.3)
     running.send_signal(number)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=240)
     assert running.returncode == code
     (checkpoint,) = (world / "runs/a b/checkpoints").iterdir()
     assert f"checkpoints/{checkpoint.name}" in err
@@ -138,7 +138,7 @@ def test_a_signal_saves_a_checkpoint_and_the_command_it_prints_goes_on(world, nu
     assert again.stdout is not None
     first = next(line for line in again.stdout if line.startswith("steps "))
     again.send_signal(signal.SIGTERM)
-    again.communicate(timeout=60)
+    again.communicate(timeout=240)
     assert f"{step:,} of them done before" in first
     assert "Traceback" not in err
 
@@ -150,7 +150,7 @@ def test_a_closed_terminal_costs_no_step(world):
     window.wait_for("valid loss")
     time.sleep(1.0)
     os.close(window.own)
-    assert window.process.wait(timeout=60) == 129
+    assert window.process.wait(timeout=240) == 129
     (checkpoint,) = (world / "run/checkpoints").iterdir()
     done = [json.loads(line)["step"] for line in (world / "run/metrics.jsonl").read_text().splitlines()]
     assert int(checkpoint.name.removeprefix("step-")) == done[-1] > 0
