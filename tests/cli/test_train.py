@@ -137,7 +137,7 @@ def test_a_signal_saves_a_checkpoint_and_the_command_it_prints_goes_on(world, nu
     again = process(world, *command[1:])
     assert again.stdout is not None
     first = next(line for line in again.stdout if line.startswith("steps "))
-    again.send_signal(signal.SIGTERM)
+    again.kill()
     again.communicate(timeout=240)
     assert f"{step:,} of them done before" in first
     assert "Traceback" not in err
