@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from onebase.ops.bits import ask_for_reproducible_bits
+from onebase.ops.bits import ask_for_batch_invariance
 
 if TYPE_CHECKING:
     from onebase.api import Adapter, Bank, Base, Job, Lora, Result, Scores, evaluate, load, model_path, train
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Adapter", "Bank", "Base", "Job", "Lora", "Result", "Scores", "evaluate", "load", "model_path", "train"]
 
-ask_for_reproducible_bits()
+ask_for_batch_invariance()
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from onebase.adapters.lora import make_target
+from onebase.adapters.lora import make_part
 from onebase.config.methods import Lora
 from tests.tiny import global_randomness_untouched
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def target_of(path="a.q_proj", seed=0, shape=(40, 300), **settings):
-    return make_target(Lora(**({"r": 100} | settings)), path, shape, seed, CPU)
+    return make_part(Lora(**({"r": 100} | settings)), path, shape, seed, CPU)
 
 
 def test_lora_a_is_uniform_within_one_over_the_root_of_its_inputs_and_lora_b_is_zero():

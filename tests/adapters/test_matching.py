@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from onebase.adapters.bank import Bank
-from onebase.adapters.lora import rank_and_alpha, scaling_of
+from onebase.adapters.lora import LoraPart, rank_and_alpha, scaling_of
 from onebase.adapters.matching import Candidate, choose_targets
 from onebase.config.methods import Lora
 from onebase.errors import TargetError
@@ -122,7 +122,7 @@ def peft_targets(model, **settings) -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted({*ALL} - {"mixtral"}))  # PEFT adapts its router and fused experts
 def test_all_linear_is_pefts_all_linear(name):
     adapter = Bank(tiny.base_of(name)).add("a", Lora())
-    assert list(adapter.targets) == list(peft_targets(tiny.model_of(name), target_modules="all-linear"))
+    assert list(adapter.target_paths) == list(peft_targets(tiny.model_of(name), target_modules="all-linear"))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -153,7 +153,9 @@ CASES: dict[str, dict[str, Any]] = {
 def test_modules_ranks_and_scalings_are_pefts(case):
     settings = {"r": 8, "lora_alpha": 12} | CASES[case]
     theirs = peft_targets(tiny.model_of("llama"), **settings)
-    mine = Bank(tiny.base_of()).add("a", Lora(**settings)).targets
+    mine = {
+        part.path: part for part in Bank(tiny.base_of()).add("a", Lora(**settings)).parts if isinstance(part, LoraPart)
+    }
     assert list(mine) == list(theirs)
     for path, target in mine.items():
         other = theirs[path]
@@ -242,14 +244,14 @@ def test_gpt2s_transposed_layers_raise_and_say_what_they_are():
 
 def test_mixtrals_router_and_fused_experts_are_not_taken_for_linear_layers():
     adapter = Bank(tiny.base_of("mixtral")).add("a", Lora())
-    assert len(adapter.targets) == 8
-    assert all("self_attn" in path for path in adapter.targets)
+    assert len(adapter.target_paths) == 8
+    assert all("self_attn" in path for path in adapter.target_paths)
     assert adapter.warnings == ("all-linear leaves out what is no linear layer: experts (experts)",)
 
 
 def test_what_is_excluded_need_not_be_chosen_but_must_be_there():
     adapter = Bank(tiny.base_of()).add("a", Lora(target_modules=["k_proj"], exclude_modules=["lm_head", "v_proj"]))
-    assert len(adapter.targets) == 2
+    assert len(adapter.target_paths) == 2
 
 
 def test_a_failed_add_leaves_the_base_as_it_was():
@@ -267,7 +269,7 @@ def test_a_layer_that_is_never_called_is_no_target():
     bank = Bank(base)
     with pytest.raises(TargetError, match="out_proj \\(linear, but never called\\)"):
         bank.add("a", Lora(target_modules=["out_proj"]))
-    assert not [path for path in bank.add("b", Lora()).targets if "out_proj" in path]
+    assert not [path for path in bank.add("b", Lora()).target_paths if "out_proj" in path]
 
 
 # -------------------------------------------------------------------------------------------------- what is warned of
@@ -289,11 +291,11 @@ def test_what_was_asked_for_is_not_warned_about(settings):
 def test_the_presets_are_the_layers_of_their_role(preset, inside):
     base = tiny.base_of()
     every = [p for p, m in base.model.named_modules() if isinstance(m, nn.Linear) and f".{inside}." in p]
-    assert list(Bank(base).add("a", Lora(target_modules=preset)).targets) == every
+    assert list(Bank(base).add("a", Lora(target_modules=preset)).target_paths) == every
 
 
 def test_targets_are_in_the_models_order_whatever_the_order_of_the_names():
     base = tiny.base_of()
     order = [name for name, _ in base.model.named_modules()]
-    paths = list(Bank(base).add("a", Lora(target_modules=["up_proj", "q_proj", "k_proj"])).targets)
+    paths = list(Bank(base).add("a", Lora(target_modules=["up_proj", "q_proj", "k_proj"])).target_paths)
     assert paths == sorted(paths, key=order.index)

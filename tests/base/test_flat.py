@@ -23,7 +23,7 @@ def attend(layout=LAYOUT, *, causal_module=True, batch=1, tokens=None, attention
     count = tokens or layout.token_count
     draws = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(batch, heads, count, 4, generator=draws) for heads in (4, 2, 2))
-    with slot.use(Route(layout=layout, sole_owner=0) if layout else None):
+    with slot.use(Route(layout=layout, batch_owners=(0,)) if layout else None):
         out, weights = flat_attention_of(slot)(module, query, key, value, attention_mask, **arguments)
     assert weights is None
     return out, (query[0], key[0], value[0])

@@ -25,7 +25,7 @@ def fp64_base(name: str) -> Base:
 
 def alone(base: Base, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits (hidden states of an encoder) that the untouched model computes for one example."""
-    with torch.no_grad(), base.native(Route(sole_owner=NO_OWNER)) as model:
+    with torch.no_grad(), base.native(Route(batch_owners=(NO_OWNER,))) as model:
         if base.head is None:
             return base.trunk(input_ids=ids[None]).last_hidden_state[0]
         return model(input_ids=ids[None], use_cache=False).logits[0]
@@ -86,7 +86,7 @@ def test_a_number_of_tokens_that_is_not_the_layouts_raises():
     with pytest.raises(ValueError, match="layout"):
         base.hidden(torch.arange(3, 10), check.probe_route(base, Layout([Node(6)])))
     with pytest.raises(ValueError, match="layout"):
-        base.hidden(torch.arange(3, 10), Route(sole_owner=NO_OWNER))
+        base.hidden(torch.arange(3, 10), Route(batch_owners=(NO_OWNER,)))
 
 
 def test_a_model_called_outside_of_a_route_fails_instead_of_mixing_examples():
@@ -103,7 +103,7 @@ def test_the_native_model_is_the_transformers_model_before_and_after_flat_forwar
     base = Base(model)
     layout = Layout([Node(20), Node(20)])
     base.hidden(ids.flatten(), check.probe_route(base, layout))
-    with base.native(Route(sole_owner=NO_OWNER)) as native:
+    with base.native(Route(batch_owners=(NO_OWNER,))) as native:
         assert torch.equal(native(ids).logits, before)
     flat = base.hidden(ids.flatten(), check.probe_route(base, layout))
     torch.testing.assert_close(model.lm_head(flat).view_as(before), before, rtol=1e-4, atol=1e-5)

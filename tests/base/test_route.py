@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onebase.adapters.layer import AdaptedLayer
-from onebase.adapters.lora import make_target
+from onebase.adapters.lora import make_part
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.config.methods import Lora
 from onebase.ops.layout import Layout, Node
@@ -17,9 +17,9 @@ from onebase.ops.segments import NO_OWNER, Segments
 
 
 def test_a_route_cannot_be_changed():
-    route: Any = Route(sole_owner=0)
+    route: Any = Route(batch_owners=(0,))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        route.sole_owner = 1
+        route.batch_owners = (1,)
     with pytest.raises(TypeError):
         route.rows[RowSpace.TOKEN] = Segments.of([1], [0])
 
@@ -35,7 +35,7 @@ def test_a_route_does_not_follow_the_mapping_it_was_made_of():
 
 
 def test_the_slot_puts_back_what_was_there_also_after_an_error():
-    slot, first, second = Slot(), Route(sole_owner=0), Route(sole_owner=1)
+    slot, first, second = Slot(), Route(batch_owners=(0,)), Route(batch_owners=(1,))
     with slot.use(first):
         with slot.use(second):
             assert slot.route is second
@@ -47,7 +47,7 @@ def test_the_slot_puts_back_what_was_there_also_after_an_error():
 
 
 def test_the_slot_is_seen_by_every_thread():
-    slot, route, seen = Slot(), Route(sole_owner=0), []
+    slot, route, seen = Slot(), Route(batch_owners=(0,)), []
     with slot.use(route):
         thread = threading.Thread(target=lambda: seen.append(slot.route))
         thread.start()
@@ -56,7 +56,7 @@ def test_the_slot_is_seen_by_every_thread():
 
 
 def test_recomputation_gets_the_route_of_its_forward_as_often_as_it_runs():
-    slot, first, second = Slot(), Route(sole_owner=0), Route(sole_owner=1)
+    slot, first, second = Slot(), Route(batch_owners=(0,)), Route(batch_owners=(1,))
     with slot.use(first):
         forward, again = slot.for_recompute()
         with forward:
@@ -86,8 +86,8 @@ def test_a_space_that_the_route_does_not_know_raises_even_where_the_count_fits_a
 
 def test_a_sole_owner_has_every_row_of_every_space():
     for space in RowSpace:
-        assert list(Route(sole_owner=5).segments(space, 9)) == [(0, 9, 5)]
-    assert list(Route(sole_owner=NO_OWNER).segments(RowSpace.TOKEN, 9)) == [(0, 9, NO_OWNER)]
+        assert list(Route(batch_owners=(5,)).segments(space, 9)) == [(0, 9, 5)]
+    assert list(Route(batch_owners=(NO_OWNER,)).segments(RowSpace.TOKEN, 9)) == [(0, 9, NO_OWNER)]
 
 
 @pytest.mark.parametrize("space", list(RowSpace))
@@ -97,7 +97,7 @@ def test_a_wrapper_reads_its_own_space_only(space):
     linear = torch.nn.Linear(5, 6).requires_grad_(False)
     layer = AdaptedLayer(linear, "a.b", space, slot)
     dummy, target = (
-        make_target(Lora(r=r, init_lora_weights=False), "a.b", (6, 5), r, torch.device("cpu")) for r in (2, 3)
+        make_part(Lora(r=r, init_lora_weights=False), "a.b", (6, 5), r, torch.device("cpu")) for r in (2, 3)
     )
     layer.put(0, dummy)
     layer.put(1, target)

@@ -65,14 +65,14 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"q": -1}}, "alpha_pattern.q: must be above 0, got -1."),
     (
         {"init_lora_weights": "gausian"},
-        "init_lora_weights: must be true, false or 'gaussian', got 'gausian'. Closest is",
+        "'pissa_niter_16' (or another number), got 'gausian'. Closest is 'gaussian'.",
     ),
-    ({"init_lora_weights": "pissa"}, "got 'pissa'. 'pissa' is not available in this version."),
+    ({"init_lora_weights": "eva"}, "got 'eva'. 'eva' is not available in this version."),
     ({"init_from": 3}, "init_from: must be a path, got 3."),
     ({"lora_r": 8}, "lora_r: unknown setting; here it is 'r'."),
     ({"lora_aplha": 8}, "lora_aplha: unknown setting; closest is 'lora_alpha'."),
     ({"xyzzy": 8}, "xyzzy: unknown setting. List all: onebase schema"),
-    ({"use_dora": True}, "use_dora: not available in this version for adapters. Remove it."),
+    ({"lora_bias": True}, "lora_bias: not available in this version for adapters. Remove it."),
 ]
 
 

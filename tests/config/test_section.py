@@ -1,18 +1,20 @@
 """Laws that hold for every section of settings, whatever is in it."""
 
 import pickle
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from onebase.config.methods import Lora
+from onebase.config.methods import METHODS, Lora
 from onebase.config.section import Section, fields_of, phrase, show
 from onebase.config.settings import DataPart, DataSettings, EvalSettings, Settings, TrainSettings
+from onebase.config.targeting import Targeted
 from onebase.errors import ConfigError
 
-SECTIONS = [DataPart, DataSettings, EvalSettings, Lora, Settings, TrainSettings]
+SECTIONS = [DataPart, DataSettings, EvalSettings, Settings, TrainSettings, *METHODS.values()]
 FIELDS = dict(fields_of(Settings))
 
 
@@ -25,8 +27,13 @@ def make(section: type[Section], **values: Any) -> Section:
     return section(**needed.get(section, {}) | values)
 
 
+def every_section(kind: type[Section] = Section) -> Iterator[type[Section]]:
+    for inner in kind.__subclasses__():
+        yield from every_section(inner) if inner.__subclasses__() else [inner]
+
+
 def test_every_section_is_tested_here() -> None:
-    assert {kind.__name__ for kind in SECTIONS} == {kind.__name__ for kind in Section.__subclasses__()}
+    assert set(SECTIONS) == set(every_section())
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -97,4 +104,4 @@ def test_inner_sections_may_be_given_as_objects() -> None:
 
 
 def test_a_section_is_only_a_pydantic_model() -> None:
-    assert [kind for kind in Lora.__mro__ if kind not in (Lora, Section, BaseModel, object)] == []
+    assert [kind for kind in Lora.__mro__ if kind not in (Lora, Targeted, Section, BaseModel, object)] == []

@@ -37,9 +37,9 @@ def front_matter(card: str) -> dict[str, Any]:
 
 def test_the_front_matter_is_what_the_hub_reads():
     matter = front_matter(model_card(FACTS))
-    assert matter["base_model"] == "smollm2-135m-instruct"
+    assert matter["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert matter["library_name"] == "peft"
-    assert "base_model:adapter:smollm2-135m-instruct" in matter["tags"]
+    assert "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct" in matter["tags"]
     assert "license" not in matter
 
 

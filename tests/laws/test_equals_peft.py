@@ -104,7 +104,7 @@ def test_two_members_in_one_batch_equal_two_peft_models(name, dtype):
     row_losses = rows.loss.split([n.labels for n in batch.layout.nodes])
     for owner, own in mine.items():
         adapter = bank.adapters[owner]
-        theirs = peft_model_of(name, dtype, adapter.targets, adapter.state, **SETTINGS)
+        theirs = peft_model_of(name, dtype, adapter.target_paths, adapter.state, **SETTINGS)
         their_logits, their_loss, their_grads = peft_results(theirs, own, (name, dtype) in NAN_WHEN_PADDED)
         found = torch.cat([piece for piece, o in zip(logits, owners, strict=True) if o == owner])
         torch.testing.assert_close(found, their_logits, **TOLERANCE[dtype])
@@ -129,7 +129,7 @@ def test_rslora_and_other_ranks_and_the_adapted_head_equal_peft(name):
     batch = tiny.batch_of(examples, "one")
     loss, _ = forward_loss(bank, batch, 1 / batch.label_count)
     loss.backward()
-    theirs = peft_model_of(name, torch.float64, adapter.targets, adapter.state, **settings)
+    theirs = peft_model_of(name, torch.float64, adapter.target_paths, adapter.state, **settings)
     _, their_loss, their_grads = peft_results(theirs, examples)
     assert loss.item() == pytest.approx(their_loss, rel=1e-6)
     assert_grads(tiny.gradients(bank, "one"), their_grads, torch.float64)
@@ -197,4 +197,4 @@ def test_a_shared_prefix_gives_the_gradients_of_repeating_it(name):
 
 def test_a_sole_route_knows_no_layout_so_the_flat_attention_cannot_be_misused():
     assert tiny.bank_of(tiny.base_of(), "one").sole_route("one").layout is None
-    assert Route(sole_owner=0).layout is None
+    assert Route(batch_owners=(0,)).layout is None

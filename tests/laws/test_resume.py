@@ -14,6 +14,7 @@ import yaml
 
 from onebase.files.metrics import read_metrics
 from onebase.files.result import Result, read_result
+from onebase.ops import bits
 from onebase.train.stop import Stopped
 from tests.train import runs
 from tests.train.runs import Watching, Workshop, adapter_bytes, checkpoint_names, metrics
@@ -166,10 +167,11 @@ def config_file(shop: Workshop, **sections) -> Path:
     return path
 
 
-def onebase(*arguments: str, program: tuple[str, ...] = ("-m", "onebase", "train")) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *program, *arguments], check=False, capture_output=True, text=True, env=environment()
-    )
+def onebase(
+    *arguments: str, program: tuple[str, ...] = ("-m", "onebase", "train"), env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=env or environment())
 
 
 def environment() -> dict[str, str]:
@@ -193,6 +195,22 @@ def test_killed_at_any_moment_and_resumed_equals_never_killed(shop, uninterrupte
     runs.run(shop.settings(**EVERYTHING), out, resume=True)
     assert_same_run(out, uninterrupted)
     assert not [path for path in out.rglob("*") if ".onebase-" in path.name]  # nothing of the crash is left
+
+
+@pytest.mark.slow
+def test_a_run_without_batch_invariance_is_resumed_to_the_bit_and_a_change_of_it_is_said(shop, tmp_path):
+    shell = {name: value for name, value in environment().items() if name != bits.VARIABLE}
+    config = str(config_file(shop, **EVERYTHING))
+    whole = onebase(config, "--out", str(tmp_path / "whole"), env=shell)
+    assert whole.returncode == 0, whole.stderr
+    for out, way_on in (("part", shell), ("moved", shell | {bits.VARIABLE: "COMPATIBLE"})):
+        moment = ("rename", "checkpoints/step-00000006", "1")
+        died = onebase(*moment, config, "--out", str(tmp_path / out), program=("-c", DYING), env=shell)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        resumed = onebase(config, "--out", str(tmp_path / out), "--resume", env=way_on)
+        assert resumed.returncode == 0, resumed.stderr
+        assert ("products was" in resumed.stderr + resumed.stdout) == (way_on is not shell)
+    assert_same_run(tmp_path / "part", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -159,9 +159,11 @@ def test_a_place_that_cannot_be_written_to_is_named(shop, tmp_path):
         runs.run(shop.settings(train={"steps": 2}), tmp_path / "run")
 
 
-def test_a_fraction_that_holds_no_row_out_is_an_error_that_names_it(shop, tmp_path):
-    settings = shop.settings("data.valid=0.0001", valid=False, adapter=FEW, train={"steps": 2})
-    with pytest.raises((ConfigError, DataError), match=r"data\.valid"):
+def test_a_fraction_that_leaves_a_side_without_rows_is_an_error_that_names_it(shop, tmp_path):
+    one = tmp_path / "one.jsonl"
+    runs.write_rows(one, [{"prompt": "Define the noun dog.", "completion": "An animal."}] * 3)
+    settings = shop.settings(f"data.train={one}", "data.valid=0.5", valid=False, adapter=FEW, train={"steps": 2})
+    with pytest.raises(DataError, match=r"splitting 3 rows .* leaves no (validation|training) row.*data\.valid"):
         runs.run(settings, tmp_path / "run")
 
 

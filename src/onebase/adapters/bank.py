@@ -7,22 +7,20 @@ the frozen module itself back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onebase.adapters.build import build
 from onebase.adapters.layer import AdaptedLayer, path_key
-from onebase.adapters.lora import LoraTarget, make_target, rank_and_alpha
-from onebase.adapters.matching import Candidate, check_patterns, choose_targets
-from onebase.base import memory
+from onebase.adapters.part import Part, PartWithConstants
+from onebase.adapters.places import Places
 from onebase.base.model import Base, padded_rows, padded_segments
 from onebase.base.route import Route, RowSpace
-from onebase.base.targets import list_targets
-from onebase.config.methods import Lora
+from onebase.config.methods import AdapterSettings
 from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.ops.keyed import mix_rows
 from onebase.ops.layout import Layout
@@ -32,21 +30,27 @@ from onebase.ops.segments import NO_OWNER, Segments
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What one fine-tune learns: its settings and its tensors, by module path in model order.
+    """What one fine-tune learns: its settings and its parts, in model order.
 
-    `seed` gave the initial weights and keys its dropout. `warnings` are what its target settings leave to be said.
+    `seed` gave the first values and keys its dropout. `target_paths` are the modules that its target settings name.
+    `warnings` are what those settings leave to be said.
     """
 
     name: str
-    settings: Lora
+    settings: AdapterSettings
     seed: int
-    targets: Mapping[str, LoraTarget]
+    parts: tuple[Part, ...]
+    target_paths: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every trained tensor with its name, in model order."""
-        for target in self.targets.values():
-            yield from target.parameters()
+        """Yield every trained tensor with its name, in model order; one that several parts share, once."""
+        seen: set[int] = set()
+        for part in self.parts:
+            for name, parameter in part.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter
 
     @property
     def parameter_count(self) -> int:
@@ -55,8 +59,14 @@ class Adapter:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The tensors by name, detached: what an adapter file holds."""
-        return {name: p.detach() for name, p in self.parameters()}
+        """The tensors by name, detached: what is trained, and what belongs to it untrained."""
+        trained = {name: p.detach() for name, p in self.parameters()}
+        return trained | {
+            name: tensor
+            for part in self.parts
+            if isinstance(part, PartWithConstants)
+            for name, tensor in part.constants()
+        }
 
     @torch.no_grad()
     def load_state_(self, tensors: Mapping[str, Tensor]) -> None:
@@ -65,7 +75,7 @@ class Adapter:
         Raises:
             FileFormatError: missing or unexpected names, or shapes that differ; nothing is copied then.
         """
-        own = dict(self.parameters())
+        own = self.state
         problems = [f"{name} is missing." for name in own if name not in tensors]
         problems += [
             f"{name} belongs to no target of this adapter on this base." for name in tensors if name not in own
@@ -77,8 +87,13 @@ class Adapter:
         ]
         if problems:
             raise FileFormatError(list_problems(f"the tensors of adapter {self.name!r}", problems, shown=10))
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether any of its parts has dropout."""
+        return any(getattr(part, "dropout", 0) for part in self.parts)
 
 
 class Bank:
@@ -91,21 +106,16 @@ class Bank:
         self._adapters: dict[str, Adapter] = {}
         self._numbers: dict[str, int] = {}
         self._layers: dict[str, AdaptedLayer] = {}
-        self._candidates = [
-            Candidate(path, target.kind if target.available else _unavailable(target.kind), target.role)
-            for target in list_targets(base.model)
-            for path in target.paths
-        ]
-        order = {name: place for place, (name, _) in enumerate(base.model.named_modules())}
-        self._candidates.sort(key=lambda c: order[c.path])
-        self._head_path = _path_of(base.model, base.model.get_output_embeddings())
+        self.places = Places(base)
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """The adapters by name, in the order of their adding."""
         return dict(self._adapters)
 
-    def add(self, name: str, settings: Lora, *, seed: int = 0, tensors: Mapping[str, Tensor] | None = None) -> Adapter:
+    def add(
+        self, name: str, settings: AdapterSettings, *, seed: int = 0, tensors: Mapping[str, Tensor] | None = None
+    ) -> Adapter:
         """Put a new adapter on the base and return it; with `tensors`, one that was trained before.
 
         Raises:
@@ -115,28 +125,13 @@ class Bank:
         """
         if name in self._adapters:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
-        match = choose_targets(
-            self._candidates,
-            settings.target_modules,
-            exclude_modules=settings.exclude_modules,
-            layers_to_transform=settings.layers_to_transform,
-            layers_pattern=settings.layers_pattern,
-            model_name=self.base.name,
-        )
-        patterns = {"rank_pattern": [*settings.rank_pattern], "alpha_pattern": [*settings.alpha_pattern]}
-        check_patterns(patterns, match.paths, self.base.name)
-        shapes = {path: self._module(path).weight.shape for path in match.paths}
-        numbers = sum(rank_and_alpha(settings, path)[0] * sum(shape) for path, shape in shapes.items())
-        memory.check_room_for(f"adapter {name!r}", 4 * numbers, "Set a smaller adapter.r, or fewer target_modules.")
-        targets = {}
-        for path, shape in shapes.items():
-            targets[path] = make_target(settings, path, (shape[0], shape[1]), seed, self.base.device)
-        adapter = Adapter(name, settings, seed, targets, match.warnings)
+        built = build(self.places, settings, seed)
+        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings)
         if tensors is not None:
             adapter.load_state_(tensors)
         number = self._free_number()
-        for path, target in targets.items():
-            self._wrap(path).put(number, target)
+        for part in adapter.parts:
+            self._wrap(part.path).put(number, part)
         self._adapters[name], self._numbers[name] = adapter, number
         return adapter
 
@@ -144,7 +139,7 @@ class Bank:
         """Take an adapter off the base; layers without any adapter become the frozen modules again."""
         self._adapter(name)
         number = self._numbers.pop(name)
-        for path in self._adapters.pop(name).targets:
+        for path in dict.fromkeys(part.path for part in self._adapters.pop(name).parts):
             layer = self._layers[path]
             layer.take_off(number)
             if layer.is_bare:
@@ -181,11 +176,11 @@ class Bank:
         examples = [owners[i] for i in padded_segments(layout)[1]]
         example = Segments.of([1] * len(examples), examples)
         keys: dict[RowSpace, Tensor] = {}
-        if dropout_step is not None and any(a.settings.lora_dropout for a in self._adapters.values()):
+        if dropout_step is not None and any(a.drops_out for a in self._adapters.values()):
             seeds = [0 if node.owner is None else self._adapters[node.owner].seed for node in layout.nodes]
             token_keys = layout.row_keys(seeds, dropout_step)
             if label_rows is not None:
-                head_key = path_key(self._head_path or "")
+                head_key = path_key(self.places.head_path or "")
                 keys[RowSpace.LABEL] = mix_rows(token_keys[label_rows], head_key).to(self.base.device)
             if self.base.layout_kind == "padded":
                 token_keys = token_keys[padded_rows(layout)[0].flatten()]
@@ -200,7 +195,15 @@ class Bank:
 
     def sole_route(self, name: str | None) -> Route:
         """Return the route that gives every row to one adapter (None: to the base alone), whatever the batch."""
-        return Route(sole_owner=NO_OWNER if name is None else self._number(name))
+        return self.batch_route([name])
+
+    def batch_route(self, names: Sequence[str | None]) -> Route:
+        """Return the route of a batch whose first dimension is its entries: entry i goes to adapter `names[i]`.
+
+        None is the base alone. For images, encoder-decoders, padded batches and any other module that takes entries
+        first; `Base.native` runs the model under it.
+        """
+        return Route(batch_owners=tuple(NO_OWNER if name is None else self._number(name) for name in names))
 
     @property
     def head(self) -> HeadRecord:
@@ -215,7 +218,7 @@ class Bank:
                 f"{self.base.name}: a {type(self.base.model).__name__} predicts no tokens, so the tasks chat and text "
                 "cannot be learned or measured on it. Choose a causal language model."
             )
-        layer = self._layers.get(self._head_path or "")
+        layer = self._layers.get(self.places.head_path or "")
         if layer is None:
             return head
         return HeadRecord(head.weight, head.bias, head.scale, head.soft_cap, layer.low_rank)
@@ -233,26 +236,15 @@ class Bank:
         used = set(self._numbers.values())
         return next(n for n in range(len(used) + 1) if n not in used)
 
-    def _module(self, path: str) -> Any:
-        return self.base.model.get_submodule(path)
-
     def _wrap(self, path: str) -> AdaptedLayer:
         if path not in self._layers:
-            space = RowSpace.LABEL if path == self._head_path else RowSpace.TOKEN
-            layer = AdaptedLayer(self._module(path), path, space, self.base.slot)
-            layer.train(self._module(path).training)
+            module = self.places.module(path)
+            space = RowSpace.LABEL if path == self.places.head_path else RowSpace.TOKEN
+            layer = AdaptedLayer(module, path, space, self.base.slot)
+            layer.train(module.training)
             _set_module(self.base.model, path, layer)
             self._layers[path] = layer
         return self._layers[path]
-
-
-def _unavailable(kind: str) -> str:
-    """Return what to call a module that no adapter goes on now: a linear layer too may be read and never called."""
-    return "linear, but never called" if kind == "linear" else kind
-
-
-def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
-    return next((path for path, found in model.named_modules() if found is module and module is not None), None)
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,34 +1,48 @@
-"""The wrapper around a frozen module: its own output, and the update of whichever adapter owns each row.
+"""The wrapper around a frozen module: its own output, changed row by row by the parts of whichever adapter owns the row.
 
-`AdaptedLayer` computes base_layer(x) + update(x) and nothing else. It holds the frozen module and calls it, so a
-quantised one needs no branch, and it knows adapters only by their number in the bank.
+`AdaptedLayer` holds the frozen module and calls it, so a quantised one needs no branch, and it knows adapters only by
+their number in the bank. What parts do and in which order: part.py. Low-rank updates of all adapters are one
+operation; other parts are called once for each stretch of rows that has them.
 """
 
 from __future__ import annotations
 
 import zlib
-from typing import cast
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from onebase.adapters.lora import LoraTarget
+from onebase.adapters.part import InputPart, LowRankPart, ModulePart, OutputPart, Part, RowCall
 from onebase.base.route import RowSpace, Slot
 from onebase.ops.keyed import mix_rows
 from onebase.ops.low_rank import LowRank, add_low_rank_
-from onebase.ops.segments import NO_OWNER
+from onebase.ops.segments import NO_OWNER, Segments
+
+
+class Rows(Enum):
+    """What a row of a module's input is."""
+
+    VECTORS = "vectors"  # (..., features): every vector on its own
+    IDS = "ids"  # (...): every number on its own
+    FIRST = "first"  # (rows, ...): whatever lies behind the first dimension
+
+
+_Stretch = tuple[int, int, list[Part]]
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen linear layer with the bank's pairs beside it, bound to one row space when it is made."""
+    """A frozen module with the bank's parts on it, bound to one row space when it is made."""
 
     def __init__(self, base_layer: nn.Module, path: str, space: RowSpace, slot: Slot) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.path, self.space = path, space
+        self.path, self.space, self.rows = path, space, rows_of(base_layer)
         self._slot = slot
         self._key = path_key(path)
-        self._targets: dict[int, LoraTarget] = {}
+        self._parts: dict[int, list[Part]] = {}
         self.low_rank: LowRank | None = None
 
     @property
@@ -44,44 +58,128 @@ class AdaptedLayer(nn.Module):
     @property
     def is_bare(self) -> bool:
         """Whether no adapter is on this layer any more."""
-        return not self._targets
+        return not self._parts
 
-    def put(self, owner: int, target: LoraTarget) -> None:
-        """Put adapter number `owner`'s pair on this layer."""
-        self._targets[owner] = target
+    def put(self, owner: int, part: Part) -> None:
+        """Put a part of adapter number `owner` on this layer."""
+        self._parts.setdefault(owner, []).append(part)
         self._rebuild()
 
     def take_off(self, owner: int) -> None:
-        """Remove adapter number `owner`'s pair, if it has one here."""
-        self._targets.pop(owner, None)
+        """Remove the parts of adapter number `owner`, if it has some here."""
+        self._parts.pop(owner, None)
         self._rebuild()
 
     def _rebuild(self) -> None:
-        targets = list(self._targets.values())
-        pair_of_owner = torch.full((max(self._targets, default=-1) + 1,), NO_OWNER, dtype=torch.int64)
-        for pair, owner in enumerate(self._targets):
-            pair_of_owner[owner] = pair
-        self.low_rank = LowRank(
-            lora_A=tuple(t.lora_A for t in targets),
-            lora_B=tuple(t.lora_B for t in targets),
-            scaling=torch.tensor([t.scaling for t in targets], dtype=torch.float64),
-            dropout=torch.tensor([t.dropout for t in targets], dtype=torch.float64),
-            pair_of_owner=pair_of_owner,
-        )
+        pairs = [
+            (owner, part) for owner, parts in self._parts.items() for part in parts if isinstance(part, LowRankPart)
+        ]
+        self.low_rank = low_rank_of(pairs) if pairs else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return base_layer(x) plus, row by row, the update of the row's owner."""
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Return the module's output, each row changed by the parts of its owner."""
         route = self._slot.route
-        if route is None or self.low_rank is None or self.is_bare:
-            y: Tensor = self.base_layer(x)
+        if route is None or self.is_bare:
+            y: Tensor = self.base_layer(x, *others, **named)
             return y
-        rows = x.flatten(0, -2)
+        # rows, not x, go through the base: an update is added in place, and to a view that would cost a copy
+        rows = x.flatten(0, -2) if self.rows is Rows.VECTORS else x.flatten() if self.rows is Rows.IDS else x
         segments = route.segments(self.space, rows.shape[0])
         keys = route.row_keys.get(self.space)
-        row_keys = None if keys is None else mix_rows(keys, self._key)
-        # rows, not x, go through the base: the update is added in place, and to a view that would cost a copy
-        y = add_low_rank_(self.base_layer(rows), rows, self.low_rank, segments, row_keys)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        keys = None if keys is None else mix_rows(keys, self._key)
+        y = self.forward_rows(rows, segments, keys, *others, **named)
+        if self.rows is Rows.FIRST:
+            return y
+        return y.view(*(x.shape if self.rows is Rows.IDS else x.shape[:-1]), y.shape[-1])
+
+    def forward_rows(
+        self, rows: Tensor, segments: Segments, row_keys: Tensor | None, *others: Any, **named: Any
+    ) -> Tensor:
+        """Return the output for rows that lie one after the other.
+
+        Args:
+            segments: which adapter owns which of them.
+            row_keys: what their dropout in this layer depends on; None switches it off.
+        """
+        stretches = [(start, end, self._parts.get(owner, [])) for start, end, owner in segments]
+
+        def call(start: int, end: int, x: Tensor) -> RowCall:
+            sliced = tuple(_rows_of(other, rows.shape[0], start, end) for other in others)
+            return RowCall(self.base_layer, x, sliced, None if row_keys is None else row_keys[start:end])
+
+        x = _each(
+            rows,
+            stretches,
+            InputPart,
+            lambda part, piece, start, end: part.on_input(piece),
+        )
+        if any(isinstance(part, ModulePart) for _, _, parts in stretches for part in parts):
+            pieces = [self._instead(parts, call(start, end, x[start:end])) for start, end, parts in stretches]
+            y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        else:
+            y = self.base_layer(x, *others, **named)
+        if self.low_rank is not None:
+            y = add_low_rank_(y, x, self.low_rank, segments, row_keys)
+        return _each(
+            y,
+            stretches,
+            OutputPart,
+            lambda part, piece, start, end: part.on_output(piece, call(start, end, rows[start:end])),
+        )
+
+    def _instead(self, parts: Iterable[Part], call: RowCall) -> Tensor:
+        own = next((part for part in parts if isinstance(part, ModulePart)), None)
+        y: Tensor = self.base_layer(call.x, *call.others) if own is None else own.instead(call)
+        return y
+
+
+def _each(
+    rows: Tensor, stretches: list[_Stretch], kind: Any, change: Callable[[Any, Tensor, int, int], Tensor]
+) -> Tensor:
+    """Return the rows with the parts of one kind applied to each stretch, in the order in which they were put on."""
+    if not any(isinstance(part, kind) for _, _, parts in stretches for part in parts):
+        return rows
+    pieces = []
+    for start, end, parts in stretches:
+        piece = rows[start:end]
+        for part in parts:
+            if isinstance(part, kind):
+                piece = change(part, piece, start, end)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _rows_of(other: object, row_count: int, start: int, end: int) -> object:
+    """Return a further argument for some rows: its own rows where it has one for each, itself otherwise."""
+    if isinstance(other, Tensor) and other.dim() > 0 and other.shape[0] == row_count:
+        return other[start:end]
+    return other
+
+
+def low_rank_of(pairs: list[tuple[int, LowRankPart]]) -> LowRank:
+    """Return the pairs of one layer, each with its owner's number, as the routed operation takes them."""
+    pair_of_owner = torch.full((max(owner for owner, _ in pairs) + 1,), NO_OWNER, dtype=torch.int64)
+    for index, (owner, _) in enumerate(pairs):
+        pair_of_owner[owner] = index
+    return LowRank(
+        lora_A=tuple(part.lora_A for _, part in pairs),
+        lora_B=tuple(part.lora_B for _, part in pairs),
+        scaling=torch.tensor([part.scaling for _, part in pairs], dtype=torch.float64),
+        dropout=torch.tensor([part.dropout for _, part in pairs], dtype=torch.float64),
+        pair_of_owner=pair_of_owner,
+    )
+
+
+def rows_of(module: nn.Module) -> Rows:
+    """Return what a row of a module's input is: known for embeddings and for what works on single vectors."""
+    if isinstance(module, nn.Embedding):
+        return Rows.IDS
+    name = type(module).__name__
+    if isinstance(module, nn.Linear) or name == "Conv1D" or (name.endswith("Norm") and name != "GroupNorm"):
+        return Rows.VECTORS
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        return Rows.VECTORS  # quantised linear layers
+    return Rows.FIRST
 
 
 def path_key(path: str) -> int:

@@ -17,13 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from onebase.adapters.matching import for_path
+from onebase.adapters.matching import check_patterns, for_path
+from onebase.adapters.part import Built
+from onebase.adapters.places import Places
+from onebase.base import memory
 from onebase.config.methods import Lora
+from onebase.errors import ConfigError, list_problems
 from onebase.ops.keyed import mix
 
 
 @dataclass(frozen=True, eq=False)
-class LoraTarget:
+class LoraPart:
     """One adapter's pair on one module: lora_A is (r, in), lora_B is (out, r), both fp32."""
 
     path: str
@@ -58,14 +62,42 @@ def rank_and_alpha(settings: Lora, path: str) -> tuple[int, float]:
     return r, float(for_path(settings.alpha_pattern, path, settings.lora_alpha))
 
 
-def make_target(settings: Lora, path: str, shape: tuple[int, int], seed: int, device: torch.device) -> LoraTarget:
+def build(places: Places, settings: Lora, seed: int) -> Built:
+    """Return a new adapter's pairs, one for each target.
+
+    Raises:
+        TargetError: the settings name a module that is not there, or none.
+        CapacityError: there is no memory for them.
+    """
+    base = places.base
+    _refuse_what_is_not_computed_yet(settings)
+    match = places.choose(settings)
+    patterns = {"rank_pattern": [*settings.rank_pattern], "alpha_pattern": [*settings.alpha_pattern]}
+    check_patterns(patterns, match.paths, base.name)
+    shapes = {path: tuple(places.module(path).weight.shape) for path in match.paths}
+    numbers = sum(rank_and_alpha(settings, path)[0] * sum(shape) for path, shape in shapes.items())
+    memory.check_room_for("the adapter", 4 * numbers, "Set a smaller adapter.r, or fewer target_modules.")
+    parts = [make_part(settings, path, (shape[0], shape[1]), seed, base.device) for path, shape in shapes.items()]
+    return Built(tuple(parts), match.paths, match.warnings)
+
+
+def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
+    names = ("use_dora", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "loraplus_lr_ratio")
+    given = [name for name in (*names, "modules_to_save") if getattr(settings, name)]
+    given += ["bias"] if settings.bias != "none" else []
+    given += ["init_lora_weights"] if settings.init_lora_weights not in (True, False, "gaussian") else []
+    if given:
+        raise ConfigError(list_problems("adapter", [f"{name}: is not available in this version." for name in given]))
+
+
+def make_part(settings: Lora, path: str, shape: tuple[int, int], seed: int, device: torch.device) -> LoraPart:
     """Return a new pair for the module at `path` with weight `shape` (out, in), from the adapter's seed and the path."""
     r, lora_alpha = rank_and_alpha(settings, path)
     out_features, in_features = shape
     lora_A = torch.empty(r, in_features)
     lora_B = torch.zeros(out_features, r)
     initialise_(lora_A, lora_B, settings.init_lora_weights, r, torch.Generator().manual_seed(mix(seed, path) >> 1))
-    return LoraTarget(
+    return LoraPart(
         path=path,
         lora_A=nn.Parameter(lora_A.to(device)),
         lora_B=nn.Parameter(lora_B.to(device)),

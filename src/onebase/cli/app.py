@@ -14,7 +14,7 @@ from onebase.cli import chat, evaluate, failure, listing, predict, preview, rais
 
 app = typer.Typer(
     name="onebase",
-    help="One frozen base model, many adapters: fine-tune, compare, ship and serve them.",
+    help="One frozen base model, many adapters: fine-tune, compare and ship them.",
     epilog="Example: onebase train run.yaml --out runs/first",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,9 +49,23 @@ def _verb(group: typer.Typer, name: str, run: Callable[..., None], *examples: st
     group.command(name, epilog="\n\n".join(lines))(failure.reported(run))
 
 
-_verb(app, "train", train.train, "train run.yaml --out runs/first", "train run.yaml --out runs/r32 --set adapter.r=32")
+_verb(
+    app,
+    "train",
+    train.train,
+    "train run.yaml --out runs/first",
+    "train run.yaml --out runs/r32 --set adapter.r=32",
+    "train run.yaml --out runs/first --resume",
+)
 _verb(app, "eval", evaluate.evaluate, "eval runs/first", "eval runs/first --data test.jsonl --json")
-_verb(app, "chat", chat.chat, "chat runs/first", "chat smollm2-135m-instruct --temperature 0.7")
+_verb(
+    app,
+    "chat",
+    chat.chat,
+    "chat runs/first",
+    "chat smollm2-135m-instruct --temperature 0.7",
+    "chat runs/first < questions.txt",
+)
 _verb(app, "predict", predict.predict, "predict runs/first --data test.jsonl --out answers.jsonl")
 _verb(app, "preview", preview.preview, "preview run.yaml --rows 5")
 _verb(app, "targets", listing.targets, "targets smollm2-135m-instruct")

@@ -29,7 +29,7 @@ def targets(
     """List the modules that an adapter can go on."""
     from onebase.base.pretrained import locate, open_pretrained
     from onebase.base.targets import list_targets, plain_names, preset_paths
-    from onebase.config.methods import PRESETS
+    from onebase.config.targeting import PRESETS
     from onebase.errors import TargetError
 
     opened, _ = open_pretrained(locate(model))

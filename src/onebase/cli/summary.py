@@ -39,7 +39,7 @@ def _facts(plan: "Plan", settings: "Settings") -> Iterator[tuple[str, str]]:
     done = f", {plan.first_step:,} of them done before" if plan.first_step else ""
     yield (
         "steps",
-        f"{plan.steps:,} of {terminal.counted(plan.batch_size, 'row')}{done}; micro-batches of at most {plan.micro_batch_tokens:,} tokens",
+        f"{plan.steps:,}, each of {terminal.counted(plan.batch_size, 'row')}{done}; micro-batches of at most {plan.micro_batch_tokens:,} tokens",
     )
     yield "learning rate", _learning_rate(plan, settings)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from onebase.cli import terminal
+from onebase.ops.bits import do_without_batch_invariance
 
 
 def train(
@@ -28,6 +29,8 @@ def train(
     from onebase.config.reading import read_settings
 
     settings = read_settings(config, overrides or ())  # first: a mistake in them is told without waiting for torch
+    if not settings.train.batch_invariant:
+        do_without_batch_invariance()
     from onebase.cli.watching import Watching
     from onebase.train.run import train_run
     from onebase.train.stop import Stopped

@@ -69,6 +69,12 @@ OURS: dict[str, str] = {
     "lora_target_modules": "adapter.target_modules",
     "lora_target_linear": "adapter.target_modules; write target_modules: all-linear",
     "lora_layers_to_transform": "adapter.layers_to_transform",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save",
+    "lora_plus_lr_ratio": "adapter.loraplus_lr_ratio",
+    "peft_use_dora": "adapter.use_dora",
+    "lora_target_parameters": "adapter.target_parameters",
+    "peft_trainable_token_indices": "adapter.trainable_token_indices",
     "peft_use_rslora": "adapter.use_rslora",
     "use_rs_lora": "adapter.use_rslora",
     "peft_init_lora_weights": "adapter.init_lora_weights",
@@ -126,16 +132,8 @@ ABSENT: dict[str, str] = {
     "load_in_4bit": _QUANTIZE,
     "load_in_8bit": _QUANTIZE,
     "fp16": f"{_NOT_YET}; 'dtype' is auto, float32 or bfloat16. Remove it.",
-    "bias": _LORA_ONLY,
     "lora_bias": _LORA_ONLY,
-    "use_dora": _LORA_ONLY,
-    "modules_to_save": _LORA_ONLY,
-    "lora_modules_to_save": _LORA_ONLY,
-    "trainable_token_indices": _LORA_ONLY,
     "layer_replication": _LORA_ONLY,
-    "target_parameters": _LORA_ONLY,
-    "loraplus_lr_ratio": _LORA_ONLY,
-    "lora_plus_lr_ratio": _LORA_ONLY,
     "optim": _ONLY_ADAMW,
     "optimizer": _ONLY_ADAMW,
     "full_determinism": _ALWAYS,
@@ -162,7 +160,7 @@ PLANNED: dict[str, frozenset[str]] = {
     "method": frozenset({"dora", "adalora", "loha", "lokr", "vera", "ia3", "oft", "boft", "bitfit", "full"})
     | frozenset({"prompt-tuning", "prefix-tuning", "p-tuning", "bottleneck", "layernorm"}),
     "dtype": frozenset({"float16"}),
-    "init_lora_weights": frozenset({"pissa", "olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"}),
+    "init_lora_weights": frozenset({"eva", "corda", "loftq", "lora_ga"}),
 }
 """A setting's own name -> values that it does not take yet."""
 

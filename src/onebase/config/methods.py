@@ -11,22 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from onebase.config.section import Section, given
+from onebase.config.section import Means, Section, given, show
+from onebase.config.targeting import Patterns, Targeted
 from onebase.errors import Problem
 
-
-def _patterns(value: str | list[str] | None) -> str | list[str] | None:
-    if value in ("", []) or (isinstance(value, list) and "" in value):
-        raise ValueError(f"must name at least one module, got {value!r}. Write all-linear for every linear layer.")
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(
-                f"must be a preset, a module's name or a regular expression, got {value!r} ({error}). "
-                "Several names are a list: [q_proj, v_proj]"
-            ) from None
-    return value
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+Alpha = Annotated[int | float, Field(gt=0, lt=1_000_000_000)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 def _regular(patterns: dict[str, Any]) -> dict[str, Any]:
@@ -38,51 +29,32 @@ def _regular(patterns: dict[str, Any]) -> dict[str, Any]:
     return patterns
 
 
-PRESETS = ("all-linear", "attention", "mlp")
-"""What `target_modules` may say instead of names."""
+Iterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$"), Means("'pissa_niter_16' (or another number)")]
 
 
-def in_preset(role: str, preset: str) -> bool:
-    """Return whether a linear layer of this role in its model belongs to a preset.
-
-    all-linear is PEFT's: every linear layer but the output head, embeddings and routers.
-    """
-    if role in ("head", "router", "embedding"):
-        return False
-    return preset == "all-linear" or role == preset
-
-
-Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
-Rank = Annotated[int, Field(ge=1, le=2**16)]
-Alpha = Annotated[int | float, Field(gt=0, lt=1_000_000_000)]
-
-
-class Lora(Section):
+class Lora(Targeted):
     """LoRA: a target's output gets lora_alpha / r * lora_B @ lora_A @ x added (arXiv:2106.09685)."""
 
     default_learning_rate: ClassVar[float] = 1e-3
     """The learning rate where none is given, by measurement."""
 
     method: Literal["lora"] = Field(default="lora", description="The adapter method.")
+    target_modules: Patterns = Field(
+        default="all-linear",
+        description="The modules that get an update: a preset (all-linear, attention, mlp), a list of names or "
+        "suffixes, or a regular expression for the whole path.",
+    )
     r: Rank = Field(default=16, description="The rank of the update: rows of lora_A, columns of lora_B.")
     lora_alpha: Alpha = Field(default=32, description="The update is scaled by lora_alpha / r, whatever the rank.")
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="The share of a target's inputs that the update does not see in training."
     )
     use_rslora: bool = Field(default=False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
-    target_modules: Patterns = Field(
-        default="all-linear",
-        description="The modules that get an update: a preset (all-linear, attention, mlp), a list of names or "
-        "suffixes, or a regular expression for the whole path.",
+    use_dora: bool = Field(
+        default=False, description="DoRA: train each output's magnitude beside its direction (arXiv:2402.09353)."
     )
-    exclude_modules: Patterns | None = Field(
-        default=None, description="Modules taken out again: a list of names or suffixes, or a regular expression."
-    )
-    layers_to_transform: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] | None = Field(
-        default=None, description="The blocks that get updates, by number from 0. Default: all."
-    )
-    layers_pattern: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
-        default=None, description="The name of the list of blocks, where it is not found by itself."
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none", description="Train biases too: all of the base's, or those of the targets."
     )
     rank_pattern: Annotated[dict[str, Rank], AfterValidator(_regular)] = Field(
         default_factory=dict, description="Another r for some targets: a name, suffix or regular expression -> r."
@@ -90,10 +62,92 @@ class Lora(Section):
     alpha_pattern: Annotated[dict[str, Alpha], AfterValidator(_regular)] = Field(
         default_factory=dict, description="Another lora_alpha for some targets, as in rank_pattern."
     )
-    init_lora_weights: Literal[True, False, "gaussian"] = Field(
+    init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "pissa", "olora"] | Iterations = Field(
         default=True,
         description="True: lora_A uniform (Kaiming), lora_B zero. gaussian: lora_A normal with deviation 1 / r, "
-        "lora_B zero. False: both random, so that the adapter changes the base from the start (for tests).",
+        "lora_B zero. orthogonal: orthogonal rows. pissa, pissa_niter_16: the base's largest singular directions "
+        "(arXiv:2404.02948), exactly or by so many iterations. olora: its QR factors (arXiv:2406.01775). False: both "
+        "random, so that the adapter changes the base from the start (for tests).",
+    )
+    target_parameters: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="Bare parameters that get an update, such as stacked experts: names or suffixes."
+    )
+    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = Field(
+        default=None, description="Rows of the embedding that are trained: token ids, or embedding's name -> token ids."
+    )
+    ensure_weight_tying: bool = Field(
+        default=False,
+        description="Where embedding and head share one weight, what is trained of one is trained of the other too.",
+    )
+    loraplus_lr_ratio: float | None = Field(
+        default=None, gt=0, description="LoRA+: lora_B learns at this multiple of the rate (arXiv:2402.12354)."
+    )
+
+
+class Ia3(Targeted):
+    """IA3: a target's output, or a feed-forward target's input, is scaled number by number (arXiv:2205.05638)."""
+
+    default_learning_rate: ClassVar[float] = 1e-2
+
+    method: Literal["ia3"] = Field(default="ia3", description="The adapter method.")
+    feedforward_modules: Patterns | None = Field(
+        default=None,
+        description="The targets whose input is scaled, as in target_modules. Default: those of the MLP.",
+    )
+    init_ia3_weights: bool = Field(
+        default=True, description="True: ones, so that nothing changes at first. False: random (for tests)."
+    )
+
+
+class BitFit(Targeted):
+    """BitFit: the base's biases are trained, nothing else (arXiv:2106.10199). Default targets: every module with a bias."""
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    method: Literal["bitfit"] = Field(default="bitfit", description="The adapter method.")
+
+
+class LnTuning(Targeted):
+    """LayerNorm tuning: the norms' weights and biases are trained (arXiv:2312.11420). Default targets: every norm."""
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    method: Literal["ln-tuning"] = Field(default="ln-tuning", description="The adapter method.")
+
+
+class Bottleneck(Targeted):
+    """Bottleneck adapters: y + up(act(down(y))) after a sublayer (arXiv:1902.00751; pfeiffer: arXiv:2005.00247).
+
+    Default targets: the last linear layer of every attention and MLP (houlsby), of every MLP (pfeiffer).
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    method: Literal["bottleneck"] = Field(default="bottleneck", description="The adapter method.")
+    placement: Literal["pfeiffer", "houlsby"] = Field(
+        default="pfeiffer", description="After every MLP, or after every attention too."
+    )
+    reduction_factor: float = Field(
+        default=16, gt=0, description="The output's width divided by the bottleneck's; at least 1 number is left."
+    )
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = Field(
+        default="relu", description="What is applied between down and up."
+    )
+
+
+class PromptTuning(Section):
+    """Prompt tuning: trained virtual tokens before every sequence (arXiv:2104.08691)."""
+
+    default_learning_rate: ClassVar[float] = 3e-2
+
+    method: Literal["prompt-tuning"] = Field(default="prompt-tuning", description="The adapter method.")
+    num_virtual_tokens: int = Field(default=20, ge=1, description="How many virtual tokens are trained.")
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = Field(
+        default="SAMPLE_VOCAB",
+        description="Their first values: normal, the embeddings of a text, or of tokens drawn from the vocabulary.",
+    )
+    prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="With prompt_tuning_init TEXT: the text, repeated or cut to num_virtual_tokens."
     )
     init_from: Path | None = Field(
         default=None, strict=False, description="An adapter or run folder whose weights training starts from."
@@ -102,7 +156,53 @@ class Lora(Section):
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[Problem]:
         """Yield what is wrong between settings that are fine one by one."""
-        if given(values, "layers_pattern") and not given(values, "layers_to_transform"):
+        start, text = values.get("prompt_tuning_init"), given(values, "prompt_tuning_init_text")
+        if start == "TEXT" and not text:
+            yield Problem(("prompt_tuning_init",), "TEXT needs 'prompt_tuning_init_text', which is not given. Add it.")
+        if text and start != "TEXT":
             yield Problem(
-                ("layers_pattern",), "needs 'layers_to_transform', which is not given. Add it or remove layers_pattern."
+                ("prompt_tuning_init_text",),
+                f"needs prompt_tuning_init TEXT, got {show(start or 'SAMPLE_VOCAB')}. Change that or remove this.",
             )
+
+
+class PrefixTuning(Section):
+    """Prefix tuning: trained keys and values before every sequence, in every layer (arXiv:2101.00190)."""
+
+    default_learning_rate: ClassVar[float] = 1e-2
+
+    method: Literal["prefix-tuning"] = Field(default="prefix-tuning", description="The adapter method.")
+    num_virtual_tokens: int = Field(default=20, ge=1, description="How many keys and values each layer gets.")
+    prefix_projection: bool = Field(
+        default=False, description="Make them by a small network from trained embeddings (arXiv:2101.00190 sec. 4.3)."
+    )
+    encoder_hidden_size: int | None = Field(
+        default=None, ge=1, description="With prefix_projection: the network's width. Default: the base's."
+    )
+    init_from: Path | None = Field(
+        default=None, strict=False, description="An adapter or run folder whose weights training starts from."
+    )
+
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[Problem]:
+        """Yield what is wrong between settings that are fine one by one."""
+        if given(values, "encoder_hidden_size") and not values.get("prefix_projection"):
+            yield Problem(("encoder_hidden_size",), "needs prefix_projection: true. Add that or remove this.")
+
+
+class Full(Targeted):
+    """Full fine-tuning of the target modules, as copies beside the base. Default targets: the whole model."""
+
+    default_learning_rate: ClassVar[float] = 1e-4
+
+    method: Literal["full"] = Field(default="full", description="The adapter method.")
+
+
+AdapterSettings = Lora | Ia3 | BitFit | LnTuning | Bottleneck | PromptTuning | PrefixTuning | Full
+"""The settings of any one adapter."""
+
+METHODS: dict[str, type[AdapterSettings]] = {
+    kind.model_fields["method"].default: kind
+    for kind in (Lora, Ia3, BitFit, LnTuning, Bottleneck, PromptTuning, PrefixTuning, Full)
+}
+"""Every method by its name."""

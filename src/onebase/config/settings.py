@@ -172,6 +172,11 @@ class TrainSettings(Section):
     activation_checkpointing: bool = Field(
         default=False, description="Compute activations again in backward: less memory, about a third slower."
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="On a CPU, let no bit of a row's result depend on the other rows of its batch: about 5 % slower. "
+        "`onebase train` alone asks; from Python it is so wherever onebase is imported before torch.",
+    )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads. Default: torch's choice.")
 
     @classmethod

@@ -162,6 +162,12 @@ def _chat_shape(values: Mapping[str, Any]) -> str:
     answer = next(
         (name for word in _ANSWERING for name in values if word in str(name).lower() and name != question), None
     )
+    if question is not None and answer is None:
+        raise BadRow(
+            "no answer column",
+            f"the row has a question and no answer; its columns are {_listed(values)}. To learn or to measure, name the "
+            f"answer's: data.columns: {{prompt: {question}, completion: COLUMN}}. To get answers: onebase predict",
+        )
     mapping = f"prompt: {question or 'COLUMN'}, completion: {answer or 'COLUMN'}"
     raise BadRow(
         "no chat shape",

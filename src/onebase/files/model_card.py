@@ -68,7 +68,8 @@ def public_name(base: str) -> str:
 
 
 def _front_matter(facts: CardFacts) -> str:
-    base = public_name(facts.base)
+    package = PACKAGES.get(facts.base)
+    base = package.hub_id if package else public_name(facts.base)  # what the hub can link to
     content = {
         "base_model": base,
         "library_name": "peft",

@@ -5,7 +5,8 @@ neighbours. Its conditional numerical reproducibility in strict mode does not (I
 "Reproducibility conditions"; in bench/reproducible_bits.json 101 of 546 products differ without it, 0 of 546 with it).
 It covers products alone: torch's own SiLU, sigmoid and tanh-GELU depend on neighbours where a layer's width is no
 multiple of about 32 x threads (LOG.md, "Reproducible bits"). This module imports no torch: it runs from
-`import onebase`, first of all.
+`import onebase`, first of all. It costs about 5 % of a step (bench/reproducible_bits.json), so `onebase train` does
+without it for a run alone unless train.batch_invariant is set.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import warnings
 from pathlib import Path
 
 VARIABLE = "MKL_CBWR"
+_BRANCHES = ("AVX512", "AVX2")
+_set_here: set[str] = set()
 
 
 def processor_flags() -> frozenset[str]:
@@ -39,12 +42,10 @@ def instruction_set() -> str:
     return "AVX2" if "avx2" in flags else platform.machine()
 
 
-def ask_for_reproducible_bits() -> None:
+def ask_for_batch_invariance() -> None:
     """Set MKL_CBWR to the machine's strict mode unless the user has set it; warn if torch was imported before."""
-    if VARIABLE in os.environ:
-        return
     branch = instruction_set()
-    if branch not in ("AVX512", "AVX2"):
+    if VARIABLE in os.environ or branch not in _BRANCHES:
         return
     if "torch" in sys.modules:
         warnings.warn(
@@ -55,3 +56,16 @@ def ask_for_reproducible_bits() -> None:
         )
         return
     os.environ[VARIABLE] = f"{branch},STRICT"
+    _set_here.add(VARIABLE)
+
+
+def do_without_batch_invariance() -> None:
+    """Take back what `ask_for_batch_invariance` set: one run alone is as exact without it, and faster by about 5 %."""
+    if VARIABLE in _set_here and "torch" not in sys.modules:
+        del os.environ[VARIABLE]
+        _set_here.clear()
+
+
+def products_mode() -> str:
+    """Return what decides the bits of a matrix product on this processor: the instruction set, or MKL_CBWR."""
+    return os.environ.get(VARIABLE) or instruction_set()

@@ -17,7 +17,7 @@ import torch
 
 import onebase
 from onebase.adapters.bank import Adapter, Bank
-from onebase.adapters.lora import rank_and_alpha, scaling_of
+from onebase.adapters.lora import LoraPart, rank_and_alpha, scaling_of
 from onebase.base import memory
 from onebase.base.device import use_threads
 from onebase.base.model import load
@@ -147,12 +147,14 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
 
 def _check_same_scaling(adapter: Adapter, stored: Lora, source: Path) -> None:
     """Raise if the weights of a warm start were trained under another scaling: they would be another function here."""
-    for path, target in adapter.targets.items():
-        trained_under = scaling_of(*rank_and_alpha(stored, path), stored.use_rslora)
-        if target.scaling != trained_under:
+    for part in adapter.parts:
+        if not isinstance(part, LoraPart):
+            continue
+        path, trained_under = part.path, scaling_of(*rank_and_alpha(stored, part.path), stored.use_rslora)
+        if part.scaling != trained_under:
             raise ConfigError(
                 f"adapter.init_from: the weights in {source} were trained with scaling {trained_under:g} on {path}, these "
-                f"settings give {target.scaling:g}. Set adapter.lora_alpha and use_rslora as they were there "
+                f"settings give {part.scaling:g}. Set adapter.lora_alpha and use_rslora as they were there "
                 f"(lora_alpha: {stored.lora_alpha:g}, use_rslora: {str(stored.use_rslora).lower()})."
             )
 
@@ -226,6 +228,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
         "instruction_set": bits.instruction_set(),
+        "products": bits.products_mode(),
         "device": job.bank.base.device.type,
         "onebase": onebase.__version__,
     }
@@ -298,10 +301,14 @@ def _check_same_settings(folder: RunFolder, settings: Settings) -> None:
         return
     changed = diff_settings(read_settings(folder.config_path), settings)
     if changed:
-        problems = [f"{name}: was {old!r}, is {new!r}." for name, old, new in changed]
+        problems = [f"{name}: was {_given(old)}, is {_given(new)}." for name, old, new in changed]
         text = list_problems(f"resuming {folder.path}: settings differ from those it was started with", problems)
         raise ResumeError(f"{text}\nResume with the run's own file: onebase train {folder.config_path} --out "
                           f"{folder.path} --resume, or start a new run with another --out.")  # fmt: skip
+
+
+def _given(value: object) -> str:
+    return "not set" if value is None else repr(value)
 
 
 _SAME = {

@@ -9,7 +9,8 @@ from typing import Any
 import onebase
 from onebase.adapters.bank import Adapter
 from onebase.base.model import Base
-from onebase.config.settings import DataSettings, Settings
+from onebase.config.methods import Lora
+from onebase.config.settings import INSTEAD_OF, DataSettings, Settings
 from onebase.data.examples import read_template
 from onebase.files.atomic import write_synced
 from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, model_card
@@ -51,11 +52,12 @@ def write(
     `reading` is how its rows were read (`reading_of`), so that whoever asks it later asks as in training.
     """
     names = [name for name, _ in base.model.named_modules()]
+    assert isinstance(adapter.settings, Lora), "the only method that the bank builds so far"
     write_adapter(
         folder,
         adapter.settings,
         {name: tensor.cpu() for name, tensor in adapter.state.items()},
-        targets=name_targets(adapter.targets, module_paths(names), targets_of(adapter.settings)),
+        targets=name_targets(adapter.target_paths, module_paths(names), targets_of(adapter.settings)),
         base_path=str(base.folder or base.name),
         record=AdapterRecord(
             base=base.name,
@@ -129,8 +131,9 @@ def _data_facts(role: str, part: Prepared) -> list[DataFacts]:
 def _worth_showing(settings: Settings) -> Mapping[str, Any]:
     """Return the adapter's and the training's settings that were given, and the learning rate; no paths."""
     shown: dict[str, Any] = {}
+    replaced = {other for name, other in INSTEAD_OF.items() if getattr(settings.train, name) is not None}
     for section, values in (("adapter", settings.adapter), ("train", settings.train)):
-        for name, value in values.model_dump(exclude_none=True).items():
+        for name, value in values.model_dump(exclude_none=True, exclude=replaced).items():
             if not isinstance(value, Path) and value not in ({}, []):
                 shown[f"{section}.{name}"] = value
     return shown

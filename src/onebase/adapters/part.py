@@ -1,0 +1,106 @@
+"""Parts: what one adapter has on one module, and where in that module's forward it acts.
+
+There are four places, in this order, and a part has one method for each place that it uses:
+
+    x  = on_input(x)            before the module        IA3 on a feed-forward layer, virtual tokens
+    y  = instead(module, x)     in place of it           copies (full, LayerNorm tuning, modules_to_save), experts
+    y += scaling B A x          beside it                LoRA: `LowRankPart`, all adapters in one routed operation
+    y  = on_output(y, call)     after it                 DoRA, IA3, biases, bottlenecks, embeddings, token rows
+
+Each gets the rows of its own adapter and no others. A part never writes to the base. Called by layer.py; a new method
+is one file with its part and the function that builds it, and one line in build.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RowCall:
+    """One call of a module for the rows of one adapter: the frozen module, its input rows, and what keys their dropout.
+
+    `others` are the call's further arguments; `row_keys` is None where dropout is off.
+    """
+
+    module: nn.Module
+    x: Tensor
+    others: tuple[object, ...] = ()
+    row_keys: Tensor | None = None
+
+
+@runtime_checkable
+class Part(Protocol):
+    """What every part says of itself."""
+
+    @property
+    def path(self) -> str:
+        """The path of its module in the model."""
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trained tensors under the names of PEFT's format, without its "base_model.model." in front."""
+
+
+@runtime_checkable
+class InputPart(Part, Protocol):
+    """A part that changes what its module gets."""
+
+    def on_input(self, x: Tensor) -> Tensor:
+        """Return the rows that the module gets instead of `x`."""
+
+
+@runtime_checkable
+class ModulePart(Part, Protocol):
+    """A part that stands in for its module."""
+
+    def instead(self, call: RowCall) -> Tensor:
+        """Return what the module would return if it were this adapter's own."""
+
+
+@runtime_checkable
+class LowRankPart(Part, Protocol):
+    """A part whose update all adapters compute in one operation (ops/low_rank.py)."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+    dropout: float
+
+
+@runtime_checkable
+class OutputPart(Part, Protocol):
+    """A part that changes what its module returned, updates beside it included."""
+
+    def on_output(self, y: Tensor, call: RowCall) -> Tensor:
+        """Return the rows that take the place of `y`."""
+
+
+@runtime_checkable
+class MergeablePart(Part, Protocol):
+    """A part that can be written into a plain copy of its module."""
+
+    def merge_(self, module: nn.Module) -> None:
+        """Change `module`, a copy of the frozen one, so that alone it does what both do together."""
+
+
+@runtime_checkable
+class PartWithConstants(Part, Protocol):
+    """A part that has tensors which belong to the adapter and are not trained."""
+
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield them by name."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A new adapter's parts in model order, which of their modules are its targets, and what a user should be told."""
+
+    parts: tuple[Part, ...]
+    target_paths: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    virtual_tokens: int = 0
+    extras: dict[str, object] = field(default_factory=dict)

@@ -1,0 +1,60 @@
+"""Places: the modules of one base as they were before any adapter, and which of them settings name.
+
+A bank makes one when it is made. Wrappers take the modules' places in the model later; the modules themselves stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from onebase.adapters.matching import Candidate, Match, choose_targets
+from onebase.base.model import Base
+from onebase.base.targets import list_targets
+from onebase.config.targeting import Targeted
+
+
+class Places:
+    """The frozen modules by path, and those that an adapter can be put on."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.modules: dict[str, nn.Module] = dict(base.model.named_modules())
+        order = {path: place for place, path in enumerate(self.modules)}
+        candidates = [
+            Candidate(path, target.kind if target.available else _unavailable(target.kind), target.role)
+            for target in list_targets(base.model)
+            for path in target.paths
+        ]
+        self.candidates = tuple(sorted(candidates, key=lambda c: order[c.path]))
+        self.head_path = self.path_of(base.model.get_output_embeddings())
+
+    def module(self, path: str) -> Any:
+        """Return the frozen module at a path."""
+        return self.modules[path]
+
+    def path_of(self, module: nn.Module | None) -> str | None:
+        """Return where a frozen module is, None if it is nowhere."""
+        return next((path for path, found in self.modules.items() if found is module and module is not None), None)
+
+    def choose(self, settings: Targeted) -> Match:
+        """Return the modules that an adapter's target settings name.
+
+        Raises:
+            TargetError: they name a module that is not there, or that the method does not go on, or none.
+        """
+        assert settings.target_modules is not None, "the method's own choice is made before"
+        return choose_targets(
+            self.candidates,
+            settings.target_modules,
+            exclude_modules=settings.exclude_modules,
+            layers_to_transform=settings.layers_to_transform,
+            layers_pattern=settings.layers_pattern,
+            model_name=self.base.name,
+        )
+
+
+def _unavailable(kind: str) -> str:
+    """Return what to call a module that no adapter goes on now: a linear layer too may be read and never called."""
+    return "linear, but never called" if kind == "linear" else kind

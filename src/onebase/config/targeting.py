@@ -1,0 +1,77 @@
+"""Which modules an adapter is put on: the settings that every method with targets has, and what the presets mean."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from onebase.config.section import Section, given
+from onebase.errors import Problem
+
+
+def _patterns(value: str | list[str] | None) -> str | list[str] | None:
+    if value in ("", []) or (isinstance(value, list) and "" in value):
+        raise ValueError(f"must name at least one module, got {value!r}. Write all-linear for every linear layer.")
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"must be a preset, a module's name or a regular expression, got {value!r} ({error}). "
+                "Several names are a list: [q_proj, v_proj]"
+            ) from None
+    return value
+
+
+PRESETS = ("all-linear", "attention", "mlp")
+"""What `target_modules` may say instead of names."""
+
+
+def in_preset(role: str, preset: str) -> bool:
+    """Return whether a linear layer of this role in its model belongs to a preset.
+
+    all-linear is PEFT's: every linear layer but the output head, embeddings and routers.
+    """
+    if role in ("head", "router", "embedding"):
+        return False
+    return preset == "all-linear" or role == preset
+
+
+Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
+Block = Annotated[int, Field(ge=0)]
+
+
+class Targeted(Section):
+    """What the methods share that act on modules: which ones, and which others are trained whole beside them."""
+
+    method: str = Field(description="The adapter method.")
+    target_modules: Patterns | None = Field(
+        default=None,
+        description="The modules that are adapted: a preset (all-linear, attention, mlp), a list of names or suffixes, "
+        "or a regular expression for the whole path. Default: the method's own choice.",
+    )
+    exclude_modules: Patterns | None = Field(
+        default=None, description="Modules taken out again: a list of names or suffixes, or a regular expression."
+    )
+    layers_to_transform: Block | list[Block] | None = Field(
+        default=None, description="The blocks that are adapted, by number from 0. Default: all."
+    )
+    layers_pattern: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="The name of the list of blocks, where it is not found by itself."
+    )
+    modules_to_save: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="Other modules that are trained whole and saved with the adapter: names or suffixes."
+    )
+    init_from: Path | None = Field(
+        default=None, strict=False, description="An adapter or run folder whose weights training starts from."
+    )
+
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[Problem]:
+        """Yield what is wrong between settings that are fine one by one."""
+        if given(values, "layers_pattern") and not given(values, "layers_to_transform"):
+            yield Problem(
+                ("layers_pattern",), "needs 'layers_to_transform', which is not given. Add it or remove layers_pattern."
+            )
