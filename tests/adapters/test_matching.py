@@ -246,7 +246,7 @@ def test_mixtrals_router_and_fused_experts_are_not_taken_for_linear_layers():
     adapter = Bank(tiny.base_of("mixtral")).add("a", Lora())
     assert len(adapter.target_paths) == 8
     assert all("self_attn" in path for path in adapter.target_paths)
-    assert adapter.warnings == ("all-linear leaves out what is no linear layer: experts (experts)",)
+    assert adapter.warnings == ("all-linear leaves out experts (experts): LoRA goes on linear layers",)
 
 
 def test_what_is_excluded_need_not_be_chosen_but_must_be_there():

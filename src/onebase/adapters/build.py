@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from onebase.adapters import lora
+from onebase.adapters import ia3, lora
 from onebase.adapters.part import Built
 from onebase.adapters.places import Places
-from onebase.config.methods import AdapterSettings, Lora
+from onebase.config.methods import AdapterSettings, Ia3, Lora
 
 BUILDERS: dict[type[Any], Callable[[Places, Any, int], Built]] = {
     Lora: lora.build,
+    Ia3: ia3.build,
 }
 """Settings class -> what makes its parts from (places, settings, seed)."""
 

@@ -44,6 +44,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What a method goes on: kinds of modules, and how an error says it ("{method} goes on {noun}")."""
+
+    method: str
+    noun: str
+    kinds: frozenset[str]
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Return whether the method goes on this module."""
+        return candidate.kind in self.kinds
+
+
+LINEAR = frozenset({"linear"})
+ON_LINEAR = Reach("LoRA", "linear layers", LINEAR)
+
+
+@dataclass(frozen=True)
 class Match:
     """What settings came to: the paths, in model order, and what a user should be told."""
 
@@ -95,23 +112,24 @@ def choose_targets(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     model_name: str,
+    reach: Reach = ON_LINEAR,
 ) -> Match:
     """Return the modules that the settings name.
 
     Raises:
-        TargetError: a pattern, an exclusion or a layer that matches nothing, or a module that is no linear layer.
+        TargetError: a pattern, an exclusion or a layer that matches nothing, or a module beyond the method's reach.
     """
     problems: list[str] = []
-    chosen = _named(candidates, target_modules, "adapter.target_modules", problems, model_name)
+    chosen = _named(candidates, target_modules, "adapter.target_modules", problems, model_name, reach)
     if exclude_modules is not None:
-        out = set(_named(candidates, exclude_modules, "adapter.exclude_modules", problems, model_name))
+        out = set(_named(candidates, exclude_modules, "adapter.exclude_modules", problems, model_name, reach))
         chosen = [c for c in chosen if c not in out]
     warnings = []
-    if target_modules in PRESETS and any(c.kind == "linear" for c in chosen):
-        left_out = _ends_and_kinds(chosen)
-        chosen = [c for c in chosen if c.kind == "linear"]
+    if target_modules in PRESETS and any(reach.holds(c) for c in chosen):
+        left_out = _out_of_reach(chosen, reach)
+        chosen = [c for c in chosen if reach.holds(c)]
         if left_out:
-            warnings.append(f"{target_modules} leaves out what is no linear layer: {', '.join(left_out)}")
+            warnings.append(f"{target_modules} leaves out {', '.join(left_out)}: {reach.method} goes on {reach.noun}")
     warnings += _partial(candidates, chosen)
     if layers_to_transform is not None:
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
@@ -123,9 +141,9 @@ def choose_targets(
                 f"in layers {_spread(layers.values())}."
             )
         chosen = [c for c in chosen if layers[c.path] in wanted]
-    if wrong := _ends_and_kinds(chosen):
+    if wrong := _out_of_reach(chosen, reach):
         problems.append(
-            f"adapter.target_modules: LoRA goes on linear layers in this version, got {', '.join(wrong)}. "
+            f"adapter.target_modules: {reach.method} goes on {reach.noun} in this version, got {', '.join(wrong)}. "
             f"List them: onebase targets {model_name}"
         )
     if not problems and not chosen:
@@ -136,7 +154,12 @@ def choose_targets(
 
 
 def _named(
-    candidates: Sequence[Candidate], names: str | Sequence[str], where: str, problems: list[str], model_name: str
+    candidates: Sequence[Candidate],
+    names: str | Sequence[str],
+    where: str,
+    problems: list[str],
+    model_name: str,
+    reach: Reach,
 ) -> list[Candidate]:
     """Return the candidates that a setting names; every name that matches none becomes a problem."""
     if isinstance(names, str) and names in PRESETS:
@@ -160,22 +183,22 @@ def _named(
     for name in names:
         hits = [c for c in candidates if matches(name, c.path)]
         if not hits:
-            problems.append(f"{where}: {name!r} {_nothing(name, candidates, model_name)}")
+            problems.append(f"{where}: {name!r} {_nothing(name, candidates, model_name, reach)}")
         keep += hits
     return [c for c in candidates if c in keep]
 
 
-def _ends_and_kinds(chosen: Sequence[Candidate]) -> list[str]:
-    """Return the names of those that are no linear layers, each with what it is."""
-    return sorted({f"{c.path.rpartition('.')[2]} ({c.kind})" for c in chosen if c.kind != "linear"})
+def _out_of_reach(chosen: Sequence[Candidate], reach: Reach) -> list[str]:
+    """Return the names of those that the method does not go on, each with what it is."""
+    return sorted({f"{c.path.rpartition('.')[2]} ({c.kind})" for c in chosen if not reach.holds(c)})
 
 
-def _nothing(name: str, candidates: Sequence[Candidate], model_name: str) -> str:
+def _nothing(name: str, candidates: Sequence[Candidate], model_name: str, reach: Reach) -> str:
     """Return the sentence about a name that matches nothing."""
-    linear = [c for c in candidates if c.kind == "linear"]
-    ends = sorted({c.path.rpartition(".")[2] for c in linear} | set(PRESETS))
+    within = [c for c in candidates if reach.holds(c)]
+    ends = sorted({c.path.rpartition(".")[2] for c in within} | set(PRESETS))
     hint = _closest(name, ends)
-    return f"matches none of {len(linear)} linear layers; {hint}. List them: onebase targets {model_name}"
+    return f"matches none of {len(within)} {reach.noun}; {hint}. List them: onebase targets {model_name}"
 
 
 def _closest(name: str, ends: Sequence[str]) -> str:

@@ -5,11 +5,12 @@ A bank makes one when it is made. Wrappers take the modules' places in the model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from onebase.adapters.matching import Candidate, Match, choose_targets
+from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets
 from onebase.base.model import Base
 from onebase.base.targets import list_targets
 from onebase.config.targeting import Targeted
@@ -38,20 +39,33 @@ class Places:
         """Return where a frozen module is, None if it is nowhere."""
         return next((path for path, found in self.modules.items() if found is module and module is not None), None)
 
-    def choose(self, settings: Targeted) -> Match:
+    def choose(
+        self,
+        settings: Targeted,
+        reach: Reach = ON_LINEAR,
+        *,
+        default: Sequence[str] = (),
+        candidates: Sequence[Candidate] | None = None,
+    ) -> Match:
         """Return the modules that an adapter's target settings name.
+
+        Args:
+            reach: what the method goes on.
+            default: the paths that it chooses where the settings name none.
+            candidates: what is chosen from. Default: the layers that `onebase targets` lists.
 
         Raises:
             TargetError: they name a module that is not there, or that the method does not go on, or none.
         """
-        assert settings.target_modules is not None, "the method's own choice is made before"
+        named = list(default) if settings.target_modules is None else settings.target_modules
         return choose_targets(
-            self.candidates,
-            settings.target_modules,
+            self.candidates if candidates is None else candidates,
+            named,
             exclude_modules=settings.exclude_modules,
             layers_to_transform=settings.layers_to_transform,
             layers_pattern=settings.layers_pattern,
             model_name=self.base.name,
+            reach=reach,
         )
 
 

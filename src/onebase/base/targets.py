@@ -22,7 +22,7 @@ from torch import nn
 from onebase.config.targeting import in_preset
 from onebase.errors import TargetError
 
-Kind = Literal["linear", "transposed-linear", "quantised-linear", "conv1d", "conv2d", "embedding", "experts"]
+Kind = Literal["linear", "transposed-linear", "quantised-linear", "conv1d", "conv2d", "conv3d", "embedding", "experts"]
 Role = Literal["attention", "mlp", "head", "router", "embedding", "other"]
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -189,6 +189,8 @@ def _kind(module: nn.Module) -> Kind | None:
         return "conv1d"
     if isinstance(module, nn.Conv2d):
         return "conv2d"
+    if isinstance(module, nn.Conv3d):
+        return "conv3d"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2: a linear layer, transposed
         return "transposed-linear"
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
