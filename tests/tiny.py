@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 from onebase.adapters.bank import Bank
 from onebase.base.model import Base
@@ -64,6 +65,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralConfig",
         _GROUPED | {"num_local_experts": 3, "num_experts_per_tok": 2},
     ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _GROUPED | {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
     "granite": (
         "GraniteForCausalLM",
         "GraniteConfig",
@@ -97,16 +103,68 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 PADDED = {"bloom"}
+# What takes no flat tokens; "plain" is made by hand below.
+NATIVE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 8,
+            "patch_size": 4,
+            "num_labels": 5,
+        },
+    ),
+}
+
+
+class Plain(nn.Module):
+    """A module of nobody's making: convolutions, one of them grouped, a linear layer and two norms; no config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4, bias=False)
+        self.along = nn.Conv1d(8, 6, 2)
+        self.last = nn.LayerNorm(6)
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return one row of 5 numbers for each (3, 8, 8) image."""
+        x = torch.relu(self.norm(self.first(images)))
+        x = torch.relu(self.along(self.grouped(x).flatten(2)))
+        return self.linear(self.last(x.mean(2)))
 
 
 def model_of(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """Return a random model in evaluation mode; the global generator is as it was afterwards."""
-    model_class, config_class, sizes = (ARCHITECTURES | ENCODERS)[name]
-    specials = {} if "pad_token_id" in sizes else _NO_SPECIALS
-    config = getattr(transformers, config_class)(**(specials | sizes | changes))
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = getattr(transformers, model_class)(config)
+    if name == "plain":
+        model: Any = Plain()
+    else:
+        model_class, config_class, sizes = (ARCHITECTURES | ENCODERS | NATIVE)[name]
+        specials = {} if "pad_token_id" in sizes or name in NATIVE else _NO_SPECIALS
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**(specials | sizes | changes)))
     for parameter in model.parameters():  # large enough that attention and gates matter, biases and norms included
         parameter.data += 0.2 * torch.randn_like(parameter)
     torch.set_rng_state(state)
@@ -115,6 +173,23 @@ def model_of(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
 
 def base_of(name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Base:
     return Base(model_of(name, dtype=dtype, seed=seed, **changes), name=f"tiny-{name}")
+
+
+def native_inputs(name: str, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return the inputs of a batch of `count` for a native model of this name, entries first."""
+    draws = torch.Generator().manual_seed(seed)
+    if name == "t5":
+        ids = torch.randint(3, VOCABULARY, (2, count, 7), generator=draws)
+        return {"input_ids": ids[0], "decoder_input_ids": ids[1, :, :5], "attention_mask": torch.ones(count, 7)}
+    images = torch.randn(count, 3, 8, 8, generator=draws)
+    return {"pixel_values": images} if name == "vit" else {"images": images}
+
+
+def native_outputs(base: Base, route: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a native model's numbers (logits, where it calls them so) under a route."""
+    with base.native(route) as model:
+        out = model(**inputs)
+    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 def fill_(adapter: Any, seed: int = 1, size: float = 0.3) -> Any:

@@ -9,14 +9,15 @@ import torch
 from onebase.base import check, pretrained
 from onebase.base.model import Base, padded_rows, padded_segments
 from onebase.base.route import Route, RowSpace
-from onebase.errors import ModelError
+from onebase.errors import ConfigError, ModelError
 from onebase.ops.layout import Layout, Node
 from onebase.ops.segments import NO_OWNER, Segments
 from tests import tiny
 
 LENGTHS = (1, 2, 15, 16, 17, 30, 16)
-# Mixtral's own fused experts know no fp64.
-IN_FP64: dict[str, dict[str, Any]] = {"mixtral": {"experts_implementation": "eager"}}
+# The fused experts of transformers know no fp64.
+_EAGER = {"experts_implementation": "eager"}
+IN_FP64: dict[str, dict[str, Any]] = {"mixtral": _EAGER, "qwen3-moe": _EAGER}
 
 
 def fp64_base(name: str) -> Base:
@@ -271,3 +272,42 @@ def test_checkpointing_is_not_reentrant(monkeypatch):
 
 def test_the_row_spaces_are_all_there():
     assert {space.value for space in RowSpace} == {"token", "example", "label", "batch"}
+
+
+@pytest.mark.parametrize("name", [*tiny.NATIVE, "plain"])
+def test_what_takes_no_flat_tokens_is_native_and_runs_as_it_is(name):
+    model = tiny.model_of(name)
+    inputs = tiny.native_inputs(name, 3)
+    own = model.requires_grad_(False)(**inputs)
+    base = Base(model, name=name)
+    assert base.layout_kind == "native" and base.why_native and base.head is None
+    found = tiny.native_outputs(base, Route(batch_owners=(NO_OWNER,)), inputs)
+    assert torch.equal(found, own if isinstance(own, torch.Tensor) else own.logits)
+    assert (base.dtype, base.device, base.max_length) == (torch.float32, torch.device("cpu"), None)
+    assert base.embedding_rows == (tiny.VOCABULARY if name == "t5" else None)
+    assert base.parameter_count == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [*tiny.NATIVE, "plain"])
+def test_a_native_base_has_no_hidden_states_of_tokens_and_says_how_it_is_run(name):
+    base = tiny.base_of(name)
+    with pytest.raises(ConfigError, match=r"with base\.native"):
+        base.hidden(torch.tensor([3, 4]), Route(layout=Layout([Node(2)])))
+
+
+def test_a_model_that_wants_more_than_token_ids_is_native():
+    """Its configuration knows text, and only its own forward knows that text is not enough."""
+
+    class WithImage(type(tiny.model_of("llama"))):  # type: ignore[misc]
+        def forward(self, input_ids, pixel_values, **others):
+            return super().forward(input_ids, **others)
+
+    base = Base(WithImage(tiny.model_of("llama").config), name="seeing")
+    assert base.layout_kind == "native" and "pixel_values" in base.why_native
+    assert base.model.config._attn_implementation != base._flat_attention
+
+
+def test_a_module_without_parameters_has_a_dtype_a_device_and_a_fingerprint():
+    base = Base(torch.nn.Sequential(torch.nn.ReLU()), name="bare")
+    assert (base.dtype, base.device.type, base.parameter_count) == (torch.float32, "cpu", 0)
+    assert len(base.fingerprint) == 64

@@ -16,7 +16,8 @@ from tests import tiny
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8}
 ADAPTABLE = sorted({*tiny.ARCHITECTURES} - {"gpt2"})
 # Mixtral's own fused experts know no fp64; PEFT would adapt them.
-CHANGES: dict[str, dict[str, Any]] = {"mixtral": {"experts_implementation": "eager"}}
+_EAGER = {"experts_implementation": "eager"}
+CHANGES: dict[str, dict[str, Any]] = {"mixtral": _EAGER, "qwen3-moe": _EAGER}
 # In fp64 too models take norms, softmax or rotary angles in fp32.
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-3, "atol": 2e-5},

@@ -239,8 +239,7 @@ class Bank:
     def _wrap(self, path: str) -> AdaptedLayer:
         if path not in self._layers:
             module = self.places.module(path)
-            space = RowSpace.LABEL if path == self.places.head_path else RowSpace.TOKEN
-            layer = AdaptedLayer(module, path, space, self.base.slot)
+            layer = AdaptedLayer(module, path, self.places.space(path), self.base.slot)
             layer.train(module.training)
             _set_module(self.base.model, path, layer)
             self._layers[path] = layer

@@ -12,6 +12,7 @@ from torch import nn
 
 from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets
 from onebase.base.model import Base
+from onebase.base.route import RowSpace
 from onebase.base.targets import list_targets
 from onebase.config.targeting import Targeted
 
@@ -29,7 +30,14 @@ class Places:
             for path in target.paths
         ]
         self.candidates = tuple(sorted(candidates, key=lambda c: order[c.path]))
-        self.head_path = self.path_of(base.model.get_output_embeddings())
+        self._poolers = {c.path for c in candidates if c.role == "pooler"}
+        self.head_path = self.path_of(base.head_module)
+
+    def space(self, path: str) -> RowSpace:
+        """Return what the rows are that a module sees."""
+        if path == self.head_path:
+            return RowSpace.LABEL
+        return RowSpace.EXAMPLE if path in self._poolers else RowSpace.TOKEN
 
     def module(self, path: str) -> Any:
         """Return the frozen module at a path."""

@@ -3,7 +3,8 @@
 Two random examples with one prefix, one of them longer than a sliding window, are run flat and compared with the
 model's own forward on each alone, hidden states, logits and loss: first with the prefix computed once, then with each
 example by itself (what is bidirectional cannot share one). Where they differ the base runs padded, and the same
-comparison is made there; a model for which nothing holds is refused. Nothing is decided by a model's name.
+comparison is made there; a model for which nothing holds is refused. What does not turn one sequence of token ids
+into one hidden state each is native: it runs as it is. Nothing is decided by a model's name.
 """
 
 from __future__ import annotations
@@ -29,6 +30,25 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _LONGEST_WINDOW = 1024
 _PREFIX = 5
+
+
+class NotOfTokensError(Exception):
+    """The model does not run on token ids alone; the message says what it said."""
+
+
+def why_native(model: Any) -> str:
+    """Return why a model is no decoder or encoder of tokens, by its own word; empty for one that may be."""
+    kind = f"a {type(model).__name__}"
+    config = getattr(model, "config", None)
+    if not callable(getattr(config, "get_text_config", None)) or not callable(
+        getattr(model, "get_input_embeddings", None)
+    ):
+        return f"{kind} is no model of transformers"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{kind} is an encoder-decoder"
+    if (takes := getattr(model, "main_input_name", "input_ids")) != "input_ids":
+        return f"{kind} takes {takes}"
+    return ""
 
 
 def head_of(model: Any) -> HeadRecord | None:
@@ -64,9 +84,14 @@ def choose_layout(base: Base) -> Literal["flat", "padded"]:
 
     Raises:
         ModelError: the base equals its model in none.
+        NotOfTokensError: the model's own forward wants more than token ids, or returns no hidden state for each.
     """
-    examples = _probe(base)
-    expected = _own_results(base, examples)
+    try:
+        examples = _probe(base)
+        expected = _own_results(base, examples)
+    except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
+        said = " ".join(str(error).split())
+        raise NotOfTokensError(f"a {type(base.model).__name__} does not run on token ids alone ({said})") from error
     if not all(bool(own.isfinite().all()) for own, _ in expected):
         raise ModelError(
             f"{base.name}: the model's own results are not finite in {str(base.dtype).removeprefix('torch.')}: its weights "

@@ -1,8 +1,9 @@
-"""The base: one frozen pretrained model, its tokenizer, and the two ways to run a batch of real tokens through it.
+"""The base: one frozen pretrained model, its tokenizer, and the ways to run a batch through it.
 
 `Base.hidden` takes the tokens of a layout end to end and returns one hidden row a token, in the same order, whether
-the model runs flat (one row, no padding) or padded (BLOOM, T5 and others whose attention is their own). `load` opens
-a model by name; `Base` itself takes any causal language model of transformers' shape, so tests build tiny ones.
+the model runs flat (one row, no padding) or padded (BLOOM and others whose attention is their own). What is no decoder
+or encoder of tokens - encoder-decoders, vision models, any `nn.Module` - is native: `Base.native` runs it as it is,
+and its inputs are its own. `load` opens a model by name; `Base` itself takes any module, so tests build tiny ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,21 +22,25 @@ from onebase.base import check, pretrained
 from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
 from onebase.base.flat import flat_attention_of
-from onebase.base.route import Route, Slot
+from onebase.base.route import Route, RowSpace, Slot
+from onebase.errors import ConfigError
 from onebase.ops.layout import NO_PARENT, Layout
+from onebase.ops.loss import HeadRecord
+from onebase.ops.segments import NO_OWNER, Segments
 
-LayoutKind = Literal["flat", "padded"]
+LayoutKind = Literal["flat", "padded", "native"]
 
 
 class Base:
     """A frozen model. Nothing here is trained; adapters are put on by a bank.
 
     Attributes:
-        model: the transformers model, in evaluation mode, no parameter requires a gradient.
+        model: the module, in evaluation mode, no parameter requires a gradient.
         tokenizer: its tokenizer; None for a model built in memory without one.
         name: what the user called it; `folder`: where its files lie (None: in memory).
         fingerprint: sha256 of the weights as stored, independent of dtype and device.
-        layout_kind: "flat" or "padded", decided by a self-check when the base is made.
+        layout_kind: "flat", "padded" or "native", decided by a self-check when the base is made.
+        why_native: why a native base is one; empty otherwise.
         shares_prefixes: whether a layout's node may have children (causal models), decided by the same check.
         slot: where the current route lies.
     """
@@ -48,32 +54,54 @@ class Base:
         self.name, self.folder = name, folder
         self.fingerprint = fingerprint or fingerprint_of_state(model)
         self.slot = Slot()
-        self._own_attention: str = model.config._attn_implementation
+        self.head: HeadRecord | None = None
+        self.position_offset, self.shares_prefixes = 0, False
+        self._own_attention = self._current_attention = self._flat_attention = ""
+        self.layout_kind: LayoutKind = "native"
+        self.why_native = check.why_native(model)
+        if not self.why_native:
+            self._choose_layout()
+
+    def _choose_layout(self) -> None:
+        """Let the model's attention be flat attention where it is asked for, and find the layout that fits the model."""
+        self._own_attention = self._current_attention = self.model.config._attn_implementation
         self._flat_attention = f"onebase-{id(self.slot)}"
-        self._current_attention = self._own_attention
         pretrained.register_attention(self._flat_attention, flat_attention_of(self.slot))
         weakref.finalize(self, pretrained.unregister_attention, self._flat_attention)
-        self.head = check.head_of(model)
-        self.position_offset, self.shares_prefixes = 0, True
-        self.layout_kind: LayoutKind = check.choose_layout(self)
+        self.head = check.head_of(self.model)
+        try:
+            self.layout_kind = check.choose_layout(self)
+        except check.NotOfTokensError as error:
+            self._use_attention(self._own_attention)
+            self.head, self.shares_prefixes, self.layout_kind, self.why_native = None, False, "native", str(error)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the base's weights."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        device: torch.device = self.model.device
-        return device
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property
     def trunk(self) -> nn.Module:
-        """The model without its output head."""
-        trunk: nn.Module = self.model.base_model
+        """The model without its output head; the whole model where it knows none."""
+        trunk: nn.Module = getattr(self.model, "base_model", self.model)
         return trunk
+
+    @property
+    def head_module(self) -> nn.Module | None:
+        """The output head as a module, where the model says which one it is."""
+        head: nn.Module | None = _ask(self.model, "get_output_embeddings")
+        return head
+
+    @property
+    def input_embedding(self) -> nn.Embedding | None:
+        """What turns token ids into vectors; None in a model that embeds no tokens, or does not say."""
+        module = _ask(self.model, "get_input_embeddings")
+        return module if isinstance(getattr(module, "num_embeddings", None), int) else None
 
     @property
     def parameter_count(self) -> int:
@@ -83,21 +111,29 @@ class Base:
     @property
     def max_length(self) -> int | None:
         """The most tokens an example may have, where the model says."""
-        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = _ask(getattr(self.model, "config", None), "get_text_config")
+        length = getattr(config, "max_position_embeddings", None)
         return None if length is None else int(length)
 
     @property
     def embedding_rows(self) -> int | None:
         """How many token ids the model knows (often more than its tokenizer has); None if it embeds no tokens."""
-        rows: int | None = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        return rows
+        return None if self.input_embedding is None else self.input_embedding.num_embeddings
 
     def hidden(self, token_ids: Tensor, route: Route) -> Tensor:
         """Return the last hidden state of every token of `route.layout`, (tokens, hidden), in the layout's order.
 
         Args:
             token_ids: (tokens,) the nodes' tokens end to end.
+
+        Raises:
+            ConfigError: the base is native.
         """
+        if self.layout_kind == "native":
+            raise ConfigError(
+                f"{self.name}: {self.why_native}, so it has no hidden state for each token of a flat batch. Run it on its own "
+                "inputs: with base.native(bank.batch_route([name, ...])) as model: model(...)"
+            )
         layout = route.layout
         if layout is None or token_ids.shape != (layout.token_count,):
             raise ValueError(f"{tuple(token_ids.shape)} token ids for a layout of {layout and layout.token_count}")
@@ -109,7 +145,9 @@ class Base:
                 return self._hidden_padded(token_ids, layout, route)
             positions = (layout.position_ids + self.position_offset).to(self.device)
             self._use_attention(self._flat_attention)
-            with self.slot.use(route):
+            # a pooler at the trunk's end gets the first token alone: nobody's row, and not used
+            rows = {**route.rows, RowSpace.EXAMPLE: Segments.of([1], [NO_OWNER])}
+            with self.slot.use(replace(route, rows=rows)):
                 out = self.trunk(input_ids=token_ids[None], position_ids=positions, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -126,7 +164,7 @@ class Base:
 
     @contextmanager
     def native(self, route: Route) -> Iterator[Any]:
-        """Yield the model as transformers runs it (generation, padded batches), under a route without a layout.
+        """Yield the model as it runs by itself (generation, padded batches, images), under a route without a layout.
 
         The attention of before comes back afterwards: a flat forward may still be waiting to be recomputed.
         """
@@ -193,6 +231,14 @@ class _InEvaluation(AbstractContextManager[None]):
 def _set_training(blocks: list[Any], training: bool) -> None:
     for block in blocks:
         block.training = training
+
+
+def _ask(thing: Any, method: str) -> Any:
+    """Return what a method returns, None where there is no such method or it has no answer for this model."""
+    try:
+        return getattr(thing, method)() if callable(getattr(thing, method, None)) else None
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def padded_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

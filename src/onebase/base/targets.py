@@ -23,10 +23,11 @@ from onebase.config.targeting import in_preset
 from onebase.errors import TargetError
 
 Kind = Literal["linear", "transposed-linear", "quantised-linear", "conv1d", "conv2d", "conv3d", "embedding", "experts"]
-Role = Literal["attention", "mlp", "head", "router", "embedding", "other"]
+Role = Literal["attention", "mlp", "head", "router", "pooler", "embedding", "other"]
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|dense_?relu|experts?\b|\bmoe|sparse_moe|intermediate|\bfc\d", re.IGNORECASE)
+_POOLER = re.compile(r"pooler|pooling", re.IGNORECASE)
 _ROUTER = re.compile(r"gate|router", re.IGNORECASE)
 _MLP_OUTPUT = {"output", "intermediate"}  # BERT's family: the second half of the block has no name of its own
 _TASK_HEADS = {"score", "classifier", "qa_outputs", "classification_head", "lm_head", "embed_out"}
@@ -254,7 +255,7 @@ def _role(
     if kind == "embedding":
         return "embedding"
     if block is None:
-        return "other"
+        return "pooler" if any(_POOLER.search(part) for part in path.split(".")) else "other"
     parent, _, own = path.rpartition(".")
     siblings = dict(tree[parent].named_children())
     if _ROUTER.search(own) and "experts" in siblings and "proj" not in own:
