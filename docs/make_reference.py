@@ -18,6 +18,7 @@ import typer
 
 from onebase.cli.app import app
 from onebase.config.foreign import ABSENT, OURS
+from onebase.config.methods import METHODS
 from onebase.config.writing import describe_settings
 
 DOCS = Path(__file__).parent
@@ -32,13 +33,17 @@ _SECTIONS = {
 
 
 def settings_tables() -> str:
-    """Return a table of settings for each section of the file."""
+    """Return a table of settings for each section of the file, for the adapter's one for each method."""
     rows = describe_settings()
     parts = []
     for section, title in _SECTIONS.items():
         own = [row for row in rows if row.name.rpartition(".")[0] == section]
-        cells = ((f"`{row.name}`", row.type, row.default, row.help) for row in own)
-        parts.append(f"## {title}\n\n{_table(('setting', 'takes', 'default', 'what it does'), cells)}")
+        parts.append(f"## {title}")
+        for method in dict.fromkeys(row.method for row in own):
+            if method:
+                parts.append(f"### {method}\n\n{(METHODS[method].__doc__ or '').splitlines()[0]}")
+            cells = ((f"`{row.name}`", row.type, row.default, row.help) for row in own if row.method == method)
+            parts.append(_table(("setting", "takes", "default", "what it does"), cells))
     return "\n\n".join(parts)
 
 

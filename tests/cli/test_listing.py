@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from onebase.config import METHODS
 from tests.cli.world import invoke
 
 
@@ -95,7 +96,9 @@ def test_every_setting_is_shown_and_the_schema_takes_the_settings_of_a_run(train
     schema = _json("schema")
     assert set(schema["properties"]) == {name.split(".")[0] for name in listed}
     assert {"model", "data.train", "adapter.r", "train.learning_rate"} <= set(listed)
-    assert len(listed) == len(set(listed))
+    methods = re.findall(r"^with adapter.method (.+):$", invoke("schema").stdout, re.M)
+    assert methods == list(METHODS)
+    assert listed.count("adapter.method") == len(methods) and listed.count("data.train") == 1
 
 
 @pytest.mark.parametrize("words", [["targets"], ["runs"]])

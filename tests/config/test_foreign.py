@@ -1,10 +1,13 @@
 """Laws of the table of other tools' names."""
 
 import re
+from typing import Any
 
 import pytest
+from yaml import safe_load
 
-from onebase.config.foreign import ABSENT, OURS, PLANNED, SPELLINGS, explain
+from onebase.config.foreign import ABSENT, OURS, PLANNED, SPELLINGS, WRITTEN, explain
+from onebase.config.methods import METHODS
 from onebase.config.section import fields_of
 from onebase.config.settings import Settings
 
@@ -42,7 +45,17 @@ def test_a_setting_at_the_wrong_place_is_told_its_place(name: str) -> None:
 
 
 def test_values_that_are_planned_or_spelt_differently_are_not_accepted_yet() -> None:
-    fields = {name.rpartition(".")[2]: str(field.annotation) for name, field in fields_of(Settings)}
+    fields = [(name.rpartition(".")[2], str(field.annotation)) for name, field in fields_of(Settings)]
     for name, values in PLANNED.items():
-        assert not [value for value in values if repr(value) in fields[name]]
-    assert not [value for value in SPELLINGS if any(repr(value) in annotation for annotation in fields.values())]
+        taken = [annotation for leaf, annotation in fields if leaf == name]
+        assert taken and not [value for value in values if repr(value) in "".join(taken)]
+    assert not [value for value in SPELLINGS if any(repr(value) in annotation for _, annotation in fields)]
+
+
+@pytest.mark.parametrize("word", WRITTEN["method"])
+def test_what_others_call_a_method_leads_to_settings_that_are_accepted(word: str) -> None:
+    written = dict(part.split(": ") for part in WRITTEN["method"][word].split(" with "))
+    method = METHODS[written["method"]]
+    values: dict[str, Any] = {name: safe_load(value) for name, value in written.items()}
+    assert method(**values).method == written["method"]
+    assert word not in PLANNED["method"]

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.config import Lora
+from onebase.config import METHODS, AdapterSettings, Lora
 from onebase.errors import ConfigError
-from tests.config.trees import adapters
+from tests.config.trees import loras
 
 
-@given(adapters)
+@given(loras)
 def test_settings_hold_what_was_given_and_defaults_elsewhere(values: dict[str, Any]) -> None:
     lora = Lora(**values)
     for name, default in Lora():
@@ -19,7 +19,7 @@ def test_settings_hold_what_was_given_and_defaults_elsewhere(values: dict[str, A
         assert (str(held) if name == "init_from" and held else held) == values.get(name, default)
 
 
-@given(adapters)
+@given(loras)
 def test_equal_values_make_equal_settings_however_many_are_written_down(values: dict[str, Any]) -> None:
     assert Lora(**values) == Lora(**{**dict(Lora()), **values})
 
@@ -42,7 +42,9 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"r": 16.0}, "r: must be a whole number, got 16.0."),
     ({"r": "16"}, "r: must be a whole number, got '16'. Remove the quotes."),
     ({"r": None}, "r: must be a whole number, got nothing."),
-    ({"method": "dora"}, "method: must be 'lora', got 'dora'. 'dora' is not available in this version."),
+    ({"method": "dora"}, "method: must be 'lora', got 'dora'. Write method: lora with use_dora: true."),
+    ({"method": "adalora"}, "method: must be 'lora', got 'adalora'. 'adalora' is not available in this version."),
+    ({"num_virtual_tokens": 8}, "unknown setting of lora; it belongs to prompt-tuning and prefix-tuning. Remove it,"),
     ({"lora_alpha": 0}, "lora_alpha: must be above 0, got 0."),
     ({"lora_alpha": "x"}, "lora_alpha: must be a number, got 'x'."),
     ({"lora_alpha": float("inf")}, "lora_alpha: must be a finite number, got inf."),
@@ -95,3 +97,18 @@ def test_all_faults_are_reported_at_once(faults: list[tuple[dict[str, Any], str]
         Lora(**values)
     assert len(caught.value.problems) == len(faults)
     assert all(said in str(caught.value) for _, said in faults)
+
+
+def test_every_method_has_a_name_for_sentences_and_a_learning_rate_of_its_own() -> None:
+    for name, kind in METHODS.items():
+        assert kind().method == name
+        assert kind.title and 0 < kind.default_learning_rate < 1
+
+
+@pytest.mark.parametrize("kind", METHODS.values())
+def test_a_setting_of_another_method_is_told_whose_it_is(kind: type[AdapterSettings]) -> None:
+    for other in METHODS.values():
+        for name in set(other.model_fields) - set(kind.model_fields):
+            values: dict[str, Any] = {name: None}
+            with pytest.raises(ConfigError, match=rf"{name}: unknown setting of .*; it belongs to .*{other().method}"):
+                kind(**values)

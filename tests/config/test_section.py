@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from onebase.config.method import Method
 from onebase.config.methods import METHODS, Lora
 from onebase.config.section import Section, fields_of, phrase, show
 from onebase.config.settings import DataPart, DataSettings, EvalSettings, Settings, TrainSettings
@@ -104,4 +105,4 @@ def test_inner_sections_may_be_given_as_objects() -> None:
 
 
 def test_a_section_is_only_a_pydantic_model() -> None:
-    assert [kind for kind in Lora.__mro__ if kind not in (Lora, Targeted, Section, BaseModel, object)] == []
+    assert [kind for kind in Lora.__mro__ if kind not in (Lora, Targeted, Method, Section, BaseModel, object)] == []

@@ -34,8 +34,37 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"lora_r": 8}, "lora_r: unknown setting; here it is 'adapter.r'."),
     ({"adapter": "lora"}, "adapter: must be a mapping, got 'lora'. Write, for example: adapter: {method: lora, r: 16}"),
     (
-        {"adapter": {"method": "ia3"}},
-        "adapter.method: must be 'lora', got 'ia3'. 'ia3' is not available in this version.",
+        {"adapter": {"method": "ia3", "r": 8}},
+        "adapter.r: unknown setting of ia3; it belongs to lora. Remove it, or change the method.",
+    ),
+    (
+        {"adapter": {"num_virtual_tokens": 8}},
+        "adapter.num_virtual_tokens: unknown setting of lora; it belongs to prompt",
+    ),
+    (
+        {"adapter": {"method": "ia3", "epochs": 1}},
+        "adapter.epochs: unknown setting at this place; write it as train.epoc",
+    ),
+    ({"adapter": {"method": "ia3", "targets": 1}}, "adapter.targets: unknown setting; closest is 'target_modules'."),
+    (
+        {"adapter": {"method": "prefix-tuning", "num_virtual_tokens": 0}},
+        "adapter.num_virtual_tokens: must be at least 1",
+    ),
+    (
+        {"adapter": {"method": "prompt-tuning", "prompt_tuning_init": "TEXT"}},
+        "adapter.prompt_tuning_init: TEXT needs 'prompt_tuning_init_text', which is not given. Add it.",
+    ),
+    (
+        {"adapter": {"method": "PROMPT_TUNING"}},
+        "'prefix-tuning' or 'full', got 'PROMPT_TUNING'. Write method: prompt-tuning.",
+    ),
+    ({"adapter": {"method": "dora"}}, "got 'dora'. Write method: lora with use_dora: true."),
+    ({"adapter": {"method": "oft"}}, "got 'oft'. 'oft' is not available in this version."),
+    ({"adapter": {"method": "botleneck"}}, "got 'botleneck'. Closest is 'bottleneck'."),
+    ({"adapter": {"method": 3}}, "adapter.method: must be 'lora', 'ia3', 'bitfit', 'ln-tuning', 'bottleneck'"),
+    (
+        {"adapter": {"method": None, "r": 3}},
+        "adapter.method: must be 'lora', 'ia3', 'bitfit', 'ln-tuning', 'bottleneck'",
     ),
     (
         {"eval": {"slices": ["a"]}},

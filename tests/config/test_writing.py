@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 
 from onebase.config import (
+    METHODS,
     DataPart,
     DataSettings,
     Lora,
@@ -22,7 +23,7 @@ from onebase.config import (
 )
 from onebase.config.section import fields_of
 from onebase.config.strict_yaml import parse_yaml
-from tests.config.trees import make_files, trees
+from tests.config.trees import adapters, make_files, trees
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +92,33 @@ def test_every_setting_is_described_by_its_own_field() -> None:
 
 
 def test_every_described_default_can_be_written_in_a_file(folder: Path) -> None:
-    needed = {"model": "m", "data": {"train": "a.jsonl"}}
-    plain = settings_from(needed, folder=folder)
     for row in describe_settings():
+        needed = {"model": "m", "data": {"train": "a.jsonl"}, "adapter": {"method": row.method or "lora"}}
+        plain = settings_from(needed, folder=folder)
         if row.default not in ("required", "none") and row.name != "train.keep_best":
             assert settings_from(needed, folder=folder, overrides=_alone(row.name, row.default)) == plain
+
+
+def test_the_settings_of_every_method_are_described_under_its_name() -> None:
+    for name, kind in METHODS.items():
+        rows = [row for row in describe_settings() if row.method == name]
+        assert [row.name for row in rows] == [f"adapter.{field}" for field in kind.model_fields]
+        assert all((row.name.startswith("adapter.")) == bool(row.method) for row in describe_settings())
+
+
+@given(adapters)
+def test_another_method_is_a_difference_in_every_setting_that_is_not_shared(
+    folder: Path, adapter: dict[str, Any]
+) -> None:
+    def settings(**values: Any) -> Settings:
+        return settings_from({"model": "m", "data": {"train": "hub:a/b:train"}, "adapter": values}, folder=folder)
+
+    one, other = settings(**adapter), settings(method="full" if adapter.get("method") != "full" else "ia3")
+    differ = {name for name, _, _ in diff_settings(one, other)}
+    own = set(type(one.adapter).model_fields) - set(type(other.adapter).model_fields)
+    written = parse_yaml(dump_settings(one)).value["adapter"]
+    assert "adapter.method" in differ
+    assert {f"adapter.{name}" for name in own & written.keys()} <= differ
 
 
 def _alone(name: str, default: str) -> list[str]:
@@ -111,11 +134,21 @@ def test_the_json_schema_has_a_help_for_every_setting_and_allows_no_other() -> N
         found = []
         assert part["additionalProperties"] is False
         for name, inner in part["properties"].items():
-            if "$ref" in inner:
-                found += leaves(schema["$defs"][inner["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
-            else:
+            kinds = [kind for kind in (inner, *inner.get("anyOf", ())) if "$ref" in kind]
+            for kind in kinds:
+                found += leaves(schema["$defs"][kind["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+            if not kinds:
                 found.append((prefix + name, inner.get("description")))
         return found
 
     assert leaves(schema, "") == [(row.name, row.help) for row in describe_settings()]
     assert schema["required"] == ["model", "data"]
+
+
+def test_the_json_schema_holds_the_settings_of_one_method_and_takes_lora_where_none_is_named() -> None:
+    schema = settings_json_schema()
+    kinds = [schema["$defs"][kind.__name__] for kind in METHODS.values()]
+    assert [kind["properties"]["method"]["const"] for kind in kinds] == list(METHODS)
+    assert [kind["properties"]["method"]["const"] for kind in kinds if "method" not in kind.get("required", ())] == [
+        "lora"
+    ]

@@ -36,7 +36,14 @@ _part = _some({"path": _file | _hub}, {"weight": _number(0, 9) | st.integers(1, 
 _train = _file | _hub | _part | st.lists(_file | _hub | _part, min_size=1, max_size=3)
 _valid = _file | _hub | st.lists(_file, min_size=1, max_size=2)
 
-adapters = _some(
+_targeted: dict[str, Any] = {
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "layers_to_transform": st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
+    "init_from": st.just("adapter"),
+}
+_virtual: dict[str, Any] = {"num_virtual_tokens": st.integers(1, 99), "init_from": st.just("adapter")}
+loras = _some(
     {},
     {
         "method": st.just("lora"),
@@ -44,14 +51,38 @@ adapters = _some(
         "lora_alpha": _alpha,
         "lora_dropout": st.floats(0, 1, exclude_max=True, allow_subnormal=False),
         "use_rslora": st.booleans(),
-        "target_modules": _names,
-        "exclude_modules": _names,
-        "layers_to_transform": st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
         "rank_pattern": st.dictionaries(_patterns, _rank, max_size=3),
         "alpha_pattern": st.dictionaries(_patterns, _alpha, max_size=3),
-        "init_lora_weights": st.sampled_from([True, False, "gaussian"]),
-        "init_from": st.just("adapter"),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian", "pissa", "pissa_niter_4"]),
+        "use_dora": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
+        "modules_to_save": st.lists(WORDS, min_size=1, max_size=2),
+        "target_parameters": st.lists(WORDS, min_size=1, max_size=2),
+        "trainable_token_indices": st.just([1, 2]) | st.just({"wte": [3]}),
+        "loraplus_lr_ratio": _number(0, 99),
+        **_targeted,
     },
+)
+
+
+def _of(method: str, optional: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return _some({"method": st.just(method)}, optional)
+
+
+adapters = st.one_of(
+    loras,
+    _of("ia3", {"feedforward_modules": _names, "init_ia3_weights": st.booleans(), **_targeted}),
+    _of("bitfit", _targeted),
+    _of("ln-tuning", _targeted),
+    _of("bottleneck", {"placement": st.sampled_from(["pfeiffer", "houlsby"]), "reduction_factor": _number(0, 99)}),
+    _of("prompt-tuning", {"prompt_tuning_init": st.just("RANDOM"), **_virtual}),
+    _of("prompt-tuning", {"prompt_tuning_init_text": WORDS})
+    .map(lambda tree: {"prompt_tuning_init": "TEXT"} | tree)
+    .filter(lambda tree: "prompt_tuning_init_text" in tree),
+    _of(
+        "prefix-tuning", {"prefix_projection": st.just(True), "encoder_hidden_size": st.integers(1, 99), **_virtual}
+    ).filter(lambda tree: "prefix_projection" in tree or "encoder_hidden_size" not in tree),
+    _of("full", _targeted),
 )
 _train_section = _some(
     {},

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from onebase.config import Lora
 from onebase.config.reading import read_settings
 from onebase.data.check import label_segments
 from onebase.data.examples import build_examples
@@ -46,7 +47,7 @@ def test_columns_map_other_names() -> None:
 
 def test_the_settings_that_the_docs_explain_are_valid() -> None:
     settings = read_settings(EXAMPLES / "settings.yaml")
-    assert settings.adapter.r == 8
+    assert isinstance(settings.adapter, Lora) and settings.adapter.r == 8
     assert settings.train.learning_rate == 5e-4
 
 

@@ -204,7 +204,11 @@ def schema(
         terminal.print_json(settings_json_schema())
         return
     out = terminal.stdout()
+    method = ""
     for row in describe_settings():
+        if row.method and row.method != method:
+            out.print(Text(f"with adapter.method {row.method}:", "bold"))
+        method = row.method
         default = row.default if row.default in ("required", "none") else f"default {row.default}"
         out.print(Text.assemble((row.name, "bold"), f"  {row.type}; {default}"), soft_wrap=True)
         help_text = textwrap.fill(row.help, out.width, initial_indent=_INDENT, subsequent_indent=_INDENT)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from onebase.config.methods import AdapterSettings
     from onebase.config.settings import Settings
     from onebase.files.result import Result
     from onebase.measure.evaluate import Scores
@@ -21,7 +22,7 @@ def show_plan(out: "Console", plan: "Plan", settings: "Settings") -> None:
     """Print what is about to be trained, and what it costs beside full fine-tuning."""
     out.print(terminal.facts(_facts(plan, settings)))
     out.print()
-    out.print(_costs(plan, settings.adapter.method.capitalize()))
+    out.print(_costs(plan, settings.adapter.title))
     for warning in plan.warnings:
         out.print(terminal.warning(warning), soft_wrap=True)
     out.print()
@@ -33,15 +34,38 @@ def _facts(plan: "Plan", settings: "Settings") -> Iterator[tuple[str, str]]:
         "base",
         f"{plan.model}: {terminal.amount(plan.total_parameters)} parameters, {plan.dtype} on {plan.device}{threads}, {plan.layout}",
     )
-    adapter = settings.adapter
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
-    yield "adapter", f"{adapter.method}, r {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on {targets}"
+    yield "adapter", describe_adapter(settings.adapter)
     done = f", {plan.first_step:,} of them done before" if plan.first_step else ""
     yield (
         "steps",
         f"{plan.steps:,}, each of {terminal.counted(plan.batch_size, 'row')}{done}; micro-batches of at most {plan.micro_batch_tokens:,} tokens",
     )
     yield "learning rate", _learning_rate(plan, settings)
+
+
+_ALWAYS_SHOWN = ("r", "lora_alpha", "placement", "reduction_factor", "num_virtual_tokens", "prompt_tuning_init")
+
+
+def describe_adapter(adapter: "AdapterSettings") -> str:
+    """Return an adapter's settings in a line: its method, what gives its size, and what is not the default."""
+    parts: list[str] = [adapter.method]
+    targets = ""
+    for name, value in adapter:
+        if name == "target_modules":
+            targets = "" if value is None else f", on {value if isinstance(value, str) else ', '.join(value)}"
+        elif name in _ALWAYS_SHOWN or (name not in ("method", "init_from") and value != _default(adapter, name)):
+            parts.append(name if value is True else f"{name} {_plainly(value)}")
+    return ", ".join(parts) + targets
+
+
+def _default(adapter: "AdapterSettings", name: str) -> object:
+    return type(adapter).model_fields[name].get_default(call_default_factory=True, validated_data={})
+
+
+def _plainly(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _learning_rate(plan: "Plan", settings: "Settings") -> str:
@@ -52,7 +76,7 @@ def _learning_rate(plan: "Plan", settings: "Settings") -> str:
     return f"{plan.learning_rate:g} ({origin}), {schedule}{warm_up}"
 
 
-def _costs(plan: "Plan", method: str) -> "Table":
+def _costs(plan: "Plan", title: str) -> "Table":
     """Return the table of what this training needs and what full fine-tuning would."""
     total = plan.total_parameters
     share = terminal.percent(plan.trainable_parameters / total)
@@ -63,8 +87,7 @@ def _costs(plan: "Plan", method: str) -> "Table":
         ("optimiser state", terminal.size(plan.optimizer_bytes), terminal.size(plan.full_optimizer_bytes)),
         ("file", terminal.size(plan.adapter_bytes), terminal.size(plan.full_parameter_bytes)),
     )
-    name = {"Lora": "LoRA"}.get(method, method)
-    return terminal.table(("", name, "full fine-tuning"), rows)
+    return terminal.table(("", title, "full fine-tuning"), rows)
 
 
 def show_result(out: "Console", result: "Result", scores: Mapping[int, "Scores"], run: Path) -> None:

@@ -157,8 +157,9 @@ ABSENT: dict[str, str] = {
 
 PLANNED: dict[str, frozenset[str]] = {
     "task": frozenset({"classify", "regress", "token-classify", "image-classify", "seq2seq"}),
-    "method": frozenset({"dora", "adalora", "loha", "lokr", "vera", "ia3", "oft", "boft", "bitfit", "full"})
-    | frozenset({"prompt-tuning", "prefix-tuning", "p-tuning", "bottleneck", "layernorm"}),
+    "method": frozenset({"adalora", "loha", "lokr", "vera", "oft", "boft", "hra", "fourierft", "vblora", "randlora"})
+    | frozenset({"p-tuning", "multitask-prompt-tuning", "adaption-prompt", "xlora", "poly", "bone", "miss", "road"})
+    | frozenset({"trainable-tokens", "shira", "c3a", "cpt", "lily", "qlora"}),
     "dtype": frozenset({"float16"}),
     "init_lora_weights": frozenset({"eva", "corda", "loftq", "lora_ga"}),
 }
@@ -166,6 +167,58 @@ PLANNED: dict[str, frozenset[str]] = {
 
 SPELLINGS: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "gpu": "cuda"}
 """Values that other tools spell differently."""
+
+
+_NORMS = "method: ln-tuning"
+_FULL = "method: full"
+WRITTEN: dict[str, dict[str, str]] = {
+    "method": {
+        "dora": "method: lora with use_dora: true",
+        "rslora": "method: lora with use_rslora: true",
+        "lora+": "method: lora with loraplus_lr_ratio: 16",
+        "loraplus": "method: lora with loraplus_lr_ratio: 16",
+        "lora-plus": "method: lora with loraplus_lr_ratio: 16",
+        "pissa": "method: lora with init_lora_weights: pissa",
+        "olora": "method: lora with init_lora_weights: olora",
+        "lora": "method: lora",
+        "(ia)3": "method: ia3",
+        "ia3": "method: ia3",
+        "bit-fit": "method: bitfit",
+        "bitfit": "method: bitfit",
+        "bias": "method: bitfit",
+        "ln": _NORMS,
+        "layernorm": _NORMS,
+        "layernorm-tuning": _NORMS,
+        "layer-norm": _NORMS,
+        "lntuning": _NORMS,
+        "ln-tuning": _NORMS,
+        "norm": _NORMS,
+        "norm-tuning": _NORMS,
+        "houlsby": "method: bottleneck with placement: houlsby",
+        "pfeiffer": "method: bottleneck with placement: pfeiffer",
+        "adapter": "method: bottleneck",
+        "adapters": "method: bottleneck",
+        "bottleneck-adapter": "method: bottleneck",
+        "bottleneck": "method: bottleneck",
+        "prompt": "method: prompt-tuning",
+        "prompts": "method: prompt-tuning",
+        "prompttuning": "method: prompt-tuning",
+        "prompt-tuning": "method: prompt-tuning",
+        "soft-prompt": "method: prompt-tuning",
+        "soft-prompts": "method: prompt-tuning",
+        "prefix": "method: prefix-tuning",
+        "prefixtuning": "method: prefix-tuning",
+        "prefix-tuning": "method: prefix-tuning",
+        "full": _FULL,
+        "full-finetune": _FULL,
+        "full-finetuning": _FULL,
+        "full-fine-tuning": _FULL,
+        "finetune": _FULL,
+        "fine-tuning": _FULL,
+        "fft": _FULL,
+    },
+}
+"""A setting's own name -> how others write its values, lower case with hyphens -> what to write here."""
 
 
 def explain(key: str, known: Collection[str]) -> str | None:

@@ -6,12 +6,12 @@ meaning, because users know it and adapter_config.json stores it; only defaults 
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from onebase.config.section import Means, Section, given, show
+from onebase.config.method import Method
+from onebase.config.section import Means, given, show
 from onebase.config.targeting import Patterns, Targeted
 from onebase.errors import Problem
 
@@ -35,8 +35,8 @@ Iterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$"), Means("'pi
 class Lora(Targeted):
     """LoRA: a target's output gets lora_alpha / r * lora_B @ lora_A @ x added (arXiv:2106.09685)."""
 
+    title: ClassVar[str] = "LoRA"
     default_learning_rate: ClassVar[float] = 1e-3
-    """The learning rate where none is given, by measurement."""
 
     method: Literal["lora"] = Field(default="lora", description="The adapter method.")
     target_modules: Patterns = Field(
@@ -87,6 +87,7 @@ class Lora(Targeted):
 class Ia3(Targeted):
     """IA3: a target's output, or a feed-forward target's input, is scaled number by number (arXiv:2205.05638)."""
 
+    title: ClassVar[str] = "IA3"
     default_learning_rate: ClassVar[float] = 1e-2
 
     method: Literal["ia3"] = Field(default="ia3", description="The adapter method.")
@@ -102,6 +103,7 @@ class Ia3(Targeted):
 class BitFit(Targeted):
     """BitFit: the base's biases are trained, nothing else (arXiv:2106.10199). Default targets: every module with a bias."""
 
+    title: ClassVar[str] = "BitFit"
     default_learning_rate: ClassVar[float] = 1e-3
 
     method: Literal["bitfit"] = Field(default="bitfit", description="The adapter method.")
@@ -110,6 +112,7 @@ class BitFit(Targeted):
 class LnTuning(Targeted):
     """LayerNorm tuning: the norms' weights and biases are trained (arXiv:2312.11420). Default targets: every norm."""
 
+    title: ClassVar[str] = "LayerNorm tuning"
     default_learning_rate: ClassVar[float] = 1e-3
 
     method: Literal["ln-tuning"] = Field(default="ln-tuning", description="The adapter method.")
@@ -121,6 +124,7 @@ class Bottleneck(Targeted):
     Default targets: the last linear layer of every attention and MLP (houlsby), of every MLP (pfeiffer).
     """
 
+    title: ClassVar[str] = "bottleneck adapters"
     default_learning_rate: ClassVar[float] = 1e-3
 
     method: Literal["bottleneck"] = Field(default="bottleneck", description="The adapter method.")
@@ -135,9 +139,10 @@ class Bottleneck(Targeted):
     )
 
 
-class PromptTuning(Section):
+class PromptTuning(Method):
     """Prompt tuning: trained virtual tokens before every sequence (arXiv:2104.08691)."""
 
+    title: ClassVar[str] = "prompt tuning"
     default_learning_rate: ClassVar[float] = 3e-2
 
     method: Literal["prompt-tuning"] = Field(default="prompt-tuning", description="The adapter method.")
@@ -148,9 +153,6 @@ class PromptTuning(Section):
     )
     prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="With prompt_tuning_init TEXT: the text, repeated or cut to num_virtual_tokens."
-    )
-    init_from: Path | None = Field(
-        default=None, strict=False, description="An adapter or run folder whose weights training starts from."
     )
 
     @classmethod
@@ -166,9 +168,10 @@ class PromptTuning(Section):
             )
 
 
-class PrefixTuning(Section):
+class PrefixTuning(Method):
     """Prefix tuning: trained keys and values before every sequence, in every layer (arXiv:2101.00190)."""
 
+    title: ClassVar[str] = "prefix tuning"
     default_learning_rate: ClassVar[float] = 1e-2
 
     method: Literal["prefix-tuning"] = Field(default="prefix-tuning", description="The adapter method.")
@@ -178,9 +181,6 @@ class PrefixTuning(Section):
     )
     encoder_hidden_size: int | None = Field(
         default=None, ge=1, description="With prefix_projection: the network's width. Default: the base's."
-    )
-    init_from: Path | None = Field(
-        default=None, strict=False, description="An adapter or run folder whose weights training starts from."
     )
 
     @classmethod
@@ -193,6 +193,7 @@ class PrefixTuning(Section):
 class Full(Targeted):
     """Full fine-tuning of the target modules, as copies beside the base. Default targets: the whole model."""
 
+    title: ClassVar[str] = "full fine-tuning"
     default_learning_rate: ClassVar[float] = 1e-4
 
     method: Literal["full"] = Field(default="full", description="The adapter method.")

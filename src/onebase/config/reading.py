@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from onebase.config.section import Section, section_of, show
+from onebase.config.section import Section, sections_of, show
 from onebase.config.settings import INSTEAD_OF, Settings
 from onebase.config.strict_yaml import Document, Place, parse_yaml
 from onebase.errors import ConfigError, Problem, list_problems
@@ -150,15 +150,14 @@ def _override(draft: _Draft, tree: dict[str, Any], overrides: Sequence[str]) -> 
 
 def _path_of(name: str) -> tuple[str, ...]:
     """Return a dotted name as a path; what follows a setting that is a mapping is one key, dots and all."""
-    section: type[Section] = Settings
+    sections: tuple[type[Section], ...] = (Settings,)
     parts = name.split(".")
     for index, part in enumerate(parts):
-        found = section.model_fields.get(part)
-        inner = section_of(found) if found is not None else None
-        if inner is None:
+        found = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = tuple(inner for field in found for inner in sections_of(field))
+        if not sections:
             rest = ".".join(parts[index + 1 :])
             return tuple(parts[: index + 1]) + ((rest,) if rest else ())
-        section = inner
     return tuple(parts)
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from onebase.config.foreign import PLANNED, SPELLINGS, explain
+from onebase.config.foreign import PLANNED, SPELLINGS, WRITTEN, explain
 from onebase.errors import ConfigError, Problem, list_problems
 
 _BOUNDS = {
@@ -64,6 +64,11 @@ class Section(BaseModel):
         """Yield what is wrong between settings; `values` are as given, so that a default conflicts with nothing."""
         yield from ()
 
+    @classmethod
+    def elsewhere(cls, name: str) -> str | None:
+        """Return what to say of a setting that this section lacks and its like have, None where none has it."""
+        return None
+
 
 def given(values: object, name: str) -> bool:
     """Return whether a setting was written down with a value, in a mapping or when a section was made."""
@@ -77,20 +82,34 @@ def take(values: object, name: str) -> Any:
     return values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """Return the section that a field holds, or None for a field that holds a value."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+def sections_of(field: FieldInfo) -> tuple[type[Section], ...]:
+    """Return the sections of which a field holds one; none for a field that holds a value."""
+    is_union = get_origin(field.annotation) in (Union, types.UnionType)
+    kinds = get_args(field.annotation) if is_union else (field.annotation,)
+    return tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
 
 
 def fields_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted name, field) for every setting in a section and in those inside it."""
+    """Yield (dotted name, field) for every setting in a section and in those inside it.
+
+    Where a field holds one of several sections, the settings of each come one after the other.
+    """
     for name, field in section.model_fields.items():
-        inner = section_of(field)
-        if inner is None:
+        inner = sections_of(field)
+        if not inner:
             yield prefix + name, field
+        for kind in inner:
+            yield from fields_of(kind, f"{prefix}{name}.")
+
+
+def values_of(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) for every setting of a section and of those that it holds."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from values_of(value, f"{prefix}{name}.")
         else:
-            yield from fields_of(inner, f"{prefix}{name}.")
+            yield prefix + name, value
 
 
 def show(value: object) -> str:
@@ -117,7 +136,7 @@ def phrase(kind: Any, metadata: Sequence[object] = ()) -> str:
         return ", ".join(show(value) for value in inner[:-1]) + " or " * (len(inner) > 1) + show(inner[-1])
     if origin in (Union, types.UnionType):
         parts = [part for part in inner if part is not type(None) and not (part is int and float in inner)]
-        return " or ".join(phrase(part) for part in parts)
+        return " or ".join(dict.fromkeys(phrase(part) for part in parts))
     if origin is list:
         return "a list of " + phrase(inner[0]).removeprefix("a ") + "s"
     return "a mapping"
@@ -139,6 +158,9 @@ def _translate(section: type[Section], values: Mapping[str, Any], error: Validat
 
 
 def _unknown(section: type[Section], name: str) -> Problem:
+    owned = section.elsewhere(name)
+    if owned is not None:
+        return Problem((name,), owned)
     known = [dotted for dotted, _ in fields_of(section)]
     text = explain(name, known)
     if text is None:
@@ -172,7 +194,7 @@ def _wrong_values(section: type[Section], name: str, value: Any, found: list[Err
         else:
             problems.setdefault(path, Problem(path, _sentence(section.model_fields[name], path, inner, details)))
     depth = max(len(path) for path in problems)
-    nested = section_of(section.model_fields[name]) is not None
+    nested = bool(sections_of(section.model_fields[name]))
     yield from (problem for path, problem in problems.items() if nested or len(path) == depth)
 
 
@@ -196,15 +218,19 @@ def _sentence(field: FieldInfo, path: tuple[str | int, ...], value: Any, details
     else:
         rule = phrase(field.annotation, field.metadata)
     name = str(path[-1])
-    advice = _example(name, field) if path == (name,) and rule == "a mapping" else _advice(name, rule, value)
-    return f"must be {rule}, got {show(value)}.{advice}"
+    todo = _example(name, field) if path == (name,) and rule == "a mapping" else advice(name, rule, value)
+    return f"must be {rule}, got {show(value)}.{todo}"
 
 
-def _advice(name: str, rule: str, value: Any) -> str:
+def advice(name: str, rule: str, value: object) -> str:
+    """Return what to write instead of a value that a setting does not take, " " in front, or nothing."""
     if not isinstance(value, str):
         return ""
     if value in PLANNED.get(name, ()):
         return f" '{value}' is not available in this version."
+    written = WRITTEN.get(name, {}).get(value.lower().replace("_", "-").replace(" ", "-"))
+    if written is not None:
+        return f" Write {written}."
     allowed = re.findall("'([^']+)'", rule)
     close = get_close_matches(SPELLINGS.get(value, value), allowed, n=1)
     if close:

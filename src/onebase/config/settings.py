@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from onebase.config.methods import Lora
-from onebase.config.section import Means, Section, given, show, take
-from onebase.errors import Problem
+from onebase.config.methods import METHODS, AdapterSettings, Lora
+from onebase.config.section import Means, Section, advice, given, phrase, show, take
+from onebase.errors import ConfigError, Problem
 
 _HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+){1,2}:\S+")
 
@@ -118,6 +118,9 @@ class DataSettings(Section):
                 yield Problem((name,), "takes no 'weight', every row is measured once; got one. Remove it.")
 
 
+_RATES = ", ".join(f"{name} {kind.default_learning_rate:g}" for name, kind in METHODS.items())
+
+
 class TrainSettings(Section):
     """How the adapter learns: steps, batches, the optimiser, evaluation and checkpoints."""
 
@@ -132,7 +135,7 @@ class TrainSettings(Section):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description=f"The highest learning rate. Default: the adapter method's (lora: {Lora.default_learning_rate:g}).",
+        description=f"The highest learning rate. Default: the adapter method's ({_RATES}).",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "step"] = Field(
         default="cosine", description="How the learning rate goes on after the warm-up: to 0, constant, or in steps."
@@ -215,6 +218,22 @@ class EvalSettings(Section):
     )
 
 
+def _of_its_method(value: object) -> object:
+    """Return a mapping as the settings of the method that it names, of LoRA where it names none.
+
+    Raises:
+        ConfigError: with every fault of that method's settings, or there is no such method.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    name = value.get("method", Lora.model_fields["method"].default)
+    if not isinstance(name, str) or name not in METHODS:
+        rule = phrase(Literal[tuple(METHODS)])
+        problem = Problem(("method",), f"must be {rule}, got {show(name)}.{advice('method', rule, name)}")
+        raise ConfigError(str(problem), [problem])
+    return METHODS[name](**value)
+
+
 class Settings(Section):
     """A whole settings file."""
 
@@ -236,7 +255,9 @@ class Settings(Section):
         default="chat", description="What a row is: a chat with turns to learn, or plain text."
     )
     data: DataSettings = Field(description="The rows.", examples=["{train: train.jsonl}"])
-    adapter: Lora = Field(default_factory=Lora, description="What is learned.", examples=["{method: lora, r: 16}"])
+    adapter: Annotated[AdapterSettings, BeforeValidator(_of_its_method)] = Field(
+        default_factory=Lora, description="What is learned.", examples=["{method: lora, r: 16}"]
+    )
     train: TrainSettings = Field(default_factory=TrainSettings, description="How it is learned.")
     eval: EvalSettings = Field(default_factory=EvalSettings, description="How it is measured.")
 

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from onebase.config.section import Section, given
+from onebase.config.method import Method
+from onebase.config.section import given
 from onebase.errors import Problem
 
 
@@ -43,10 +43,9 @@ Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
 Block = Annotated[int, Field(ge=0)]
 
 
-class Targeted(Section):
+class Targeted(Method):
     """What the methods share that act on modules: which ones, and which others are trained whole beside them."""
 
-    method: str = Field(description="The adapter method.")
     target_modules: Patterns | None = Field(
         default=None,
         description="The modules that are adapted: a preset (all-linear, attention, mlp), a list of names or suffixes, "
@@ -63,9 +62,6 @@ class Targeted(Section):
     )
     modules_to_save: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None, description="Other modules that are trained whole and saved with the adapter: names or suffixes."
-    )
-    init_from: Path | None = Field(
-        default=None, strict=False, description="An adapter or run folder whose weights training starts from."
     )
 
     @classmethod

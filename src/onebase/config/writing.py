@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from onebase.config.methods import METHODS, Lora
 from onebase.config.reading import absolute
-from onebase.config.section import fields_of, phrase, show, take
+from onebase.config.section import fields_of, phrase, show, take, values_of
 from onebase.config.settings import INSTEAD_OF, DataPart, Settings
 from onebase.config.strict_yaml import write_yaml
 
@@ -21,6 +22,8 @@ class SettingRow:
     type: str
     default: str
     help: str
+    method: str = ""
+    """The adapter method that has the setting, empty for what is no adapter's."""
 
 
 def dump_settings(settings: Settings) -> str:
@@ -40,24 +43,30 @@ def diff_settings(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
     before, after = dict(_written(old.resolved())), dict(_written(new.resolved()))
     return [
         (name, before.get(name), after.get(name))
-        for name, _ in fields_of(Settings)
+        for name in dict.fromkeys(name for name, _ in fields_of(Settings))
         if before.get(name) != after.get(name)
     ]
 
 
 def describe_settings() -> list[SettingRow]:
-    """Return a row for every setting, in the order of the file."""
+    """Return a row for every setting, in the order of the file; those of the adapter method by method."""
     rows = []
+    method = ""
     for name, field in fields_of(Settings):
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = "required" if default is PydanticUndefined else "none" if default is None else show(default).strip("'")
-        rows.append(SettingRow(name, phrase(field.annotation, field.metadata), shown, field.description or ""))
+        method = shown if name == "adapter.method" else method if name.startswith("adapter.") else ""
+        rows.append(SettingRow(name, phrase(field.annotation, field.metadata), shown, field.description or "", method))
     return rows
 
 
 def settings_json_schema() -> dict[str, Any]:
     """Return the JSON schema of a settings file, for editors that complete and check YAML."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Settings.model_json_schema()
+    schema = Settings.model_json_schema()
+    for kind in METHODS.values():
+        if kind is not Lora:  # without a method the adapter is LoRA
+            schema["$defs"][kind.__name__]["required"] = ["method"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 
 
 def _written(settings: Settings) -> Iterator[tuple[str, Any]]:
@@ -69,10 +78,7 @@ def _written(settings: Settings) -> Iterator[tuple[str, Any]]:
         silent.add("train.keep_best")
     if settings.task != "chat":
         silent.add("data.labels")
-    for name, _ in fields_of(Settings):
-        value = settings
-        for key in name.split("."):
-            value = getattr(value, key)
+    for name, value in values_of(settings):
         plain = _plain(name, value)
         if name not in silent and plain is not None and plain != {}:
             yield name, plain
