@@ -95,11 +95,12 @@ def _told(name: str, message: str) -> str:
 
 
 def assert_merges(bank: Bank, adapter: Any, merged: Any) -> None:
-    """Each part written into a copy of its module gives the weights of PEFT's merged model."""
+    """The parts of each module, written into a copy of it in their order, give the weights of PEFT's merged model."""
     modules = dict(merged.named_modules())
+    copies = {part.path: copy.deepcopy(bank.places.module(part.path)) for part in adapter.parts}
     for part in adapter.parts:
-        module = copy.deepcopy(bank.places.module(part.path))
-        part.merge_(module)
-        expected = dict(modules[part.path].named_parameters())
+        part.merge_(copies[part.path])
+    for path, module in copies.items():
+        expected = dict(modules[path].named_parameters())
         for name, tensor in module.named_parameters():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-12)

@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from onebase.adapters.dense import add_product_
+from onebase.adapters.dora import make_magnitude
 from onebase.adapters.matching import check_patterns, for_path
-from onebase.adapters.part import Built
+from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
 from onebase.base import memory
 from onebase.config.methods import Lora
@@ -46,6 +48,15 @@ class LoraPart:
         """Yield the tensors under the names of PEFT's format, without its "base_model.model." in front."""
         yield f"{self.path}.lora_A.weight", self.lora_A
         yield f"{self.path}.lora_B.weight", self.lora_B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A as (r, in) and B as (out, r), so that scaling * B @ A is what the dense weight gets."""
+        return self.lora_A.detach(), self.lora_B.detach()
+
+    @torch.no_grad()
+    def merge_(self, module: nn.Module) -> None:
+        """Add the pair to the weight of a copy of its module, in fp32 at least."""
+        add_product_(module, self.path, *self.factors(), self.scaling)
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -77,12 +88,17 @@ def build(places: Places, settings: Lora, seed: int) -> Built:
     shapes = {path: tuple(places.module(path).weight.shape) for path in match.paths}
     numbers = sum(rank_and_alpha(settings, path)[0] * sum(shape) for path, shape in shapes.items())
     memory.check_room_for("the adapter", 4 * numbers, "Set a smaller adapter.r, or fewer target_modules.")
-    parts = [make_part(settings, path, (shape[0], shape[1]), seed, base.device) for path, shape in shapes.items()]
+    parts: list[Part] = []
+    for path, shape in shapes.items():
+        part = make_part(settings, path, (shape[0], shape[1]), seed, base.device)
+        parts.append(part)
+        if settings.use_dora:
+            parts.append(make_magnitude(part, places.module(path), places.squares(path)))
     return Built(tuple(parts), match.paths, match.warnings)
 
 
 def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
-    names = ("use_dora", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "loraplus_lr_ratio")
+    names = ("target_parameters", "trainable_token_indices", "ensure_weight_tying", "loraplus_lr_ratio")
     given = [name for name in (*names, "modules_to_save") if getattr(settings, name)]
     given += ["bias"] if settings.bias != "none" else []
     given += ["init_lora_weights"] if settings.init_lora_weights not in (True, False, "gaussian") else []

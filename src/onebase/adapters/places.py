@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from onebase.adapters.dense import dense_weight, row_squares
 from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets
 from onebase.base.model import Base
 from onebase.base.route import RowSpace
@@ -32,12 +33,19 @@ class Places:
         self.candidates = tuple(sorted(candidates, key=lambda c: order[c.path]))
         self._poolers = {c.path for c in candidates if c.role == "pooler"}
         self.head_path = self.path_of(base.head_module)
+        self._squares: dict[str, Tensor] = {}
 
     def space(self, path: str) -> RowSpace:
         """Return what the rows are that a module sees."""
         if path == self.head_path:
             return RowSpace.LABEL
         return RowSpace.EXAMPLE if path in self._poolers else RowSpace.TOKEN
+
+    def squares(self, path: str) -> Tensor:
+        """Return ||w||^2 of what each output of a module reads, computed once."""
+        if path not in self._squares:
+            self._squares[path] = row_squares(dense_weight(self.module(path), path))
+        return self._squares[path]
 
     def module(self, path: str) -> Any:
         """Return the frozen module at a path."""
