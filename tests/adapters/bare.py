@@ -37,21 +37,12 @@ class Holder(nn.Module):
         return None
 
 
-class BareBase(Base):
-    """A base without attention, head or tokens."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, model: Holder) -> None:
-        self.model, self.name, self.head_module = model, "bare", None
-
-
 class Bare:
     """A frozen layer with adapters on it; adapter i owns the entries that a call gives to owner i."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = copy.deepcopy(layer).eval().requires_grad_(False)
-        self.places = Places(BareBase(Holder(self.layer)))
+        self.places = Places(Base(Holder(self.layer), name="bare"))
         self.slot = Slot()
         self.wrapper = AdaptedLayer(self.layer, "layer", RowSpace.TOKEN, self.slot)
         self.parts: list[tuple[Any, ...]] = []
