@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ class Bank:
 
     @property
     def head(self) -> HeadRecord:
-        """The output head as the loss takes it, with the low-rank pairs on it.
+        """The output head as the loss takes it, with the low-rank pairs on it, or whatever else adapters have there.
 
         Raises:
             ConfigError: the base has no output head.
@@ -221,7 +221,10 @@ class Bank:
         layer = self._layers.get(self.places.head_path or "")
         if layer is None:
             return head
-        return HeadRecord(head.weight, head.bias, head.scale, head.soft_cap, layer.low_rank)
+        if layer.is_low_rank:
+            return replace(head, update=layer.low_rank)
+        learned = {id(p): p for part in layer.parts for _, p in part.parameters()}
+        return replace(head, linear=layer.forward_rows, learned=tuple(learned.values()))
 
     def _number(self, name: str) -> int:
         self._adapter(name)

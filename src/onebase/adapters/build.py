@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from onebase.adapters import ia3, lora
-from onebase.adapters.part import Built
+from onebase.adapters import bias, ia3, lora
+from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
-from onebase.config.methods import AdapterSettings, Ia3, Lora
+from onebase.config.methods import AdapterSettings, BitFit, Ia3, Lora
 
 BUILDERS: dict[type[Any], Callable[[Places, Any, int], Built]] = {
     Lora: lora.build,
     Ia3: ia3.build,
+    BitFit: bias.build,
 }
 """Settings class -> what makes its parts from (places, settings, seed)."""
 
@@ -24,4 +26,14 @@ def build(places: Places, settings: AdapterSettings, seed: int) -> Built:
         TargetError: the settings name a module that is not there, or none, or one that the method does not go on.
         CapacityError: there is no memory for its tensors.
     """
-    return BUILDERS[type(settings)](places, settings, seed)
+    built = BUILDERS[type(settings)](places, settings, seed)
+    beside = _beside(places, settings, built.target_paths)
+    return replace(built, parts=places.in_model_order([*built.parts, *beside])) if beside else built
+
+
+def _beside(places: Places, settings: AdapterSettings, targets: Sequence[str]) -> list[Part]:
+    """Return the parts that settings ask for beside those of the method itself."""
+    parts: list[Part] = []
+    if isinstance(settings, Lora) and settings.bias != "none":
+        parts += bias.beside_lora(places, settings.bias, targets)
+    return parts

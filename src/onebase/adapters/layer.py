@@ -8,7 +8,7 @@ operation; other parts are called once for each stretch of rows that has them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any, cast
 
@@ -59,6 +59,17 @@ class AdaptedLayer(nn.Module):
     def is_bare(self) -> bool:
         """Whether no adapter is on this layer any more."""
         return not self._parts
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """All adapters' parts on this layer."""
+        return (part for parts in self._parts.values() for part in parts)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether all that the parts do is the low-rank update."""
+        others = (InputPart, ModulePart, OutputPart)
+        return not any(isinstance(part, others) or not isinstance(part, LowRankPart) for part in self.parts)
 
     def put(self, owner: int, part: Part) -> None:
         """Put a part of adapter number `owner` on this layer."""

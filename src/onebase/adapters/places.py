@@ -5,21 +5,28 @@ A bank makes one when it is made. Wrappers take the modules' places in the model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from onebase.adapters.dense import dense_weight, row_squares
 from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets
+from onebase.adapters.part import Part
 from onebase.base.model import Base
 from onebase.base.route import RowSpace
 from onebase.base.targets import list_targets
 from onebase.config.targeting import Targeted
 
+NORM = "norm"
+
 
 class Places:
-    """The frozen modules by path, and those that an adapter can be put on."""
+    """The frozen modules by path, and those that an adapter can be put on.
+
+    `candidates` are the layers that `onebase targets` lists, `owners` all modules that have parameters of their own.
+    """
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -34,6 +41,7 @@ class Places:
         self._poolers = {c.path for c in candidates if c.role == "pooler"}
         self.head_path = self.path_of(base.head_module)
         self._squares: dict[str, Tensor] = {}
+        self.owners = tuple(self._owners())
 
     def space(self, path: str) -> RowSpace:
         """Return what the rows are that a module sees."""
@@ -46,6 +54,19 @@ class Places:
         if path not in self._squares:
             self._squares[path] = row_squares(dense_weight(self.module(path), path))
         return self._squares[path]
+
+    def _owners(self) -> Iterator[Candidate]:
+        """Yield every module that has parameters of its own: the layers that are listed, norms, and whatever else."""
+        listed = {c.path: c for c in self.candidates}
+        for path, module in self.modules.items():
+            if path and any(True for _ in module.parameters(recurse=False)):
+                name = type(module).__name__
+                yield listed.get(path) or Candidate(path, NORM if _is_norm(module) else name, "other")
+
+    def in_model_order(self, parts: Iterable[Part]) -> tuple[Part, ...]:
+        """Return parts by their module's place in the model; those of one module stay as they are."""
+        order = {path: place for place, path in enumerate(self.modules)}
+        return tuple(sorted(parts, key=lambda part: order[part.path]))
 
     def module(self, path: str) -> Any:
         """Return the frozen module at a path."""
@@ -83,6 +104,11 @@ class Places:
             model_name=self.base.name,
             reach=reach,
         )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm, by the name of its class: models bring their own (LlamaRMSNorm, T5LayerNorm)."""
+    return re.search(r"Norm(\d+d)?$", type(module).__name__) is not None
 
 
 def _unavailable(kind: str) -> str:

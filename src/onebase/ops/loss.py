@@ -6,12 +6,15 @@ are kept. `HeadRecord` says what stands between hidden states and logits:
 
     logits = soft_cap * tanh(z / soft_cap),  z = scale * (h W^T + b + sum_k s_k h A_k^T B_k^T over row owners k)
 
+or, where a head is changed in another way (a copy of one's own, a scaled output, a trained bias), z = scale * linear(h).
+
 `reference` is the meaning. `head_loss` is what runs. Cost: rows * hidden * vocab multiply-adds forward, the same
 again backward (twice that when W is trained); memory: two chunks of logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +36,8 @@ class HeadRecord:
     """An output head: what turns hidden rows into logits. Whatever requires a gradient in it gets one.
 
     `weight` is (vocab, hidden), the input embedding itself where they are tied; `update` the low-rank pairs on the
-    head, used by the owners in the label row space.
+    head, used by the owners in the label row space. `linear`, where given, stands for weight, bias and update: from
+    hidden rows, their segments and keys to rows of the vocabulary's width, and `learned` is what is trained in it.
     """
 
     weight: Float[Tensor, "vocab hidden"]
@@ -41,14 +45,22 @@ class HeadRecord:
     scale: float = 1.0
     soft_cap: float | None = None
     update: LowRank | None = None
+    linear: Callable[[Tensor, Segments, Tensor | None], Tensor] | None = None
+    learned: tuple[Tensor, ...] = ()
 
     def logits(
         self, hidden: Float[Tensor, "rows hidden"], segments: Segments, row_keys: Int64[Tensor, " rows"] | None = None
     ) -> Float[Tensor, "rows vocab"]:
         """Return the logits of every row, differentiable in all parts."""
-        z = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)  # under autocast a norm may return fp32
+        rows = hidden.to(self.weight.dtype)  # under autocast a norm may return fp32
+        if self.linear is not None:
+            return self._squash(self.linear(rows, segments, row_keys))
+        z = F.linear(rows, self.weight, self.bias)
         if self.update is not None:
             z = low_rank.add_low_rank_(z, hidden, self.update, segments, row_keys)
+        return self._squash(z)
+
+    def _squash(self, z: Tensor) -> Tensor:
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.soft_cap is None else torch.tanh(z / self.soft_cap) * self.soft_cap
@@ -56,6 +68,7 @@ class HeadRecord:
     def trainable(self) -> tuple[Tensor, ...]:
         """Return the parts that require a gradient, in a fixed order."""
         parts = [self.weight, *(() if self.bias is None else (self.bias,))]
+        parts += self.learned
         if self.update is not None:
             parts += [*self.update.lora_A, *self.update.lora_B]
         return tuple(part for part in parts if part.requires_grad)
@@ -128,7 +141,7 @@ class _HeadLoss(torch.autograd.Function):
         size = chunk_rows(job.head.weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             chunk = slice(start, min(start + size, hidden.shape[0]))
-            if trainable and needs:
+            if needs and (trainable or job.head.linear is not None):
                 _chunk_by_autograd(hidden, job, chunk, d_hidden, d_parts, trainable)
             else:
                 _chunk_with_frozen_head(hidden, job, chunk, d_hidden)
