@@ -188,8 +188,14 @@ def native_inputs(name: str, count: int, seed: int = 0) -> dict[str, torch.Tenso
 def native_outputs(base: Base, route: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return a native model's numbers (logits, where it calls them so) under a route."""
     with base.native(route) as model:
-        out = model(**inputs)
-    return out if isinstance(out, torch.Tensor) else out.logits
+        return numbers_of(model(**inputs))
+
+
+def numbers_of(out: Any) -> torch.Tensor:
+    """Return what a model returned as one tensor: logits, hidden states, or what it is itself."""
+    if isinstance(out, torch.Tensor):
+        return out
+    return out.logits if "logits" in out else out.last_hidden_state
 
 
 def fill_(adapter: Any, seed: int = 1, size: float = 0.3) -> Any:
