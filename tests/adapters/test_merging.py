@@ -16,11 +16,11 @@ from tests import tiny
 
 DECODERS = ["llama", "llama-tied", "qwen3", "gemma2", "phi3", "gpt-neox", "opt", "bloom", "qwen3-moe"]
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8}
-EAGER = {"experts_implementation": "eager"}  # the fused experts of transformers know no fp64
+EAGER: dict[str, Any] = {"experts_implementation": "eager"}  # the fused experts of transformers know no fp64
 
 
 def bank_with(name: str, dtype: torch.dtype = torch.float64, *, method: Any = Lora, **settings: Any) -> Bank:
-    changes = EAGER if name == "qwen3-moe" else {}
+    changes: dict[str, Any] = EAGER if name == "qwen3-moe" else {}
     bank = Bank(tiny.base_of(name, dtype=dtype, **changes))
     for seed, adapter in enumerate(("other", "own")):
         tiny.fill_(bank.add(adapter, method(**settings), seed=seed), seed=seed, size=0.2)

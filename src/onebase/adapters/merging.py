@@ -39,7 +39,7 @@ def merged_state(bank: Bank, name: str, *, untie: bool = False) -> dict[str, Ten
     Raises:
         ConfigError: a part cannot be written into its module, or a shared weight would have to differ.
     """
-    adapter = bank.adapters[name] if name in bank.adapters else None
+    adapter = bank.adapters.get(name)
     if adapter is None:
         raise ConfigError(f"no adapter {name!r} in the bank; it has {', '.join(bank.adapters) or 'none'}.")
     merged = _merged_modules(bank, adapter)
