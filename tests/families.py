@@ -1,0 +1,99 @@
+"""What the laws over model families share: one forward of a batch with several owners, on any tiny model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from onebase.adapters.bank import Bank
+from onebase.data.batches import FlatBatch, flatten
+from onebase.measure.forward import forward_loss
+from onebase.ops.layout import NO_PARENT, Layout, Node
+from tests import tiny
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "decoders": ("llama", "qwen3", "mistral", "gemma3", "phi3", "gpt2", "gpt-neox", "opt"),
+    "mixture of experts": ("qwen3-moe",),
+    "encoders": ("bert", "roberta", "distilbert", "modernbert"),
+    "encoder-decoder": ("t5",),
+    "vision": ("vit",),
+    "any module": ("plain",),
+}
+ALL = tuple(name for names in FAMILIES.values() for name in names)
+LENGTHS = (7, 20, 11, 15)
+"""The lengths of the examples of a model of tokens; every model has as many entries."""
+
+
+def bank_on(name: str, dtype: torch.dtype = torch.float64) -> Bank:
+    """Return an empty bank on a tiny model."""
+    changes: dict[str, Any] = {}
+    if name in ("qwen3-moe", "mixtral") and dtype == torch.float64:
+        changes["experts_implementation"] = "eager"  # the fused experts of transformers know no fp64
+    return Bank(tiny.base_of(name, dtype=dtype, **changes))
+
+
+def name_of(bank: Bank) -> str:
+    return bank.base.name.removeprefix("tiny-")
+
+
+def run(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """Return what each entry (number: its owner) of a batch comes to, and the sum of their losses.
+
+    Entry i is the same example or image whoever owns it and whatever stands beside it.
+    """
+    if bank.base.layout_kind == "native":
+        return _run_native(bank, owners)
+    examples = tiny.examples_of(*LENGTHS)
+    batch = joined([flatten([examples[i]], [i], owner, *_front(bank, owner)) for i, owner in owners.items()])
+    if bank.base.head is not None:
+        loss, rows = forward_loss(bank, batch, 1.0)
+        pieces = rows.loss.split([node.labels for node in batch.layout.nodes])
+    else:
+        hidden = bank.base.hidden(batch.token_ids, bank.route(batch.layout))
+        pieces = hidden.split([node.length for node in batch.layout.nodes])
+    nodes = [(node, piece) for node, piece in zip(batch.layout.nodes, pieces, strict=True) if node.example >= 0]
+    found = {i: piece[-len(examples[i].token_ids) :] for i, (_, piece) in zip(owners, nodes, strict=True)}
+    if bank.base.head is None:
+        loss = sum((_distance(found[i], i) for i in owners), torch.zeros(()))
+    return {i: piece.detach() for i, piece in found.items()}, loss
+
+
+def _run_native(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    entries = torch.tensor(list(owners))
+    inputs = {
+        key: (value.to(bank.base.dtype) if value.is_floating_point() else value)[entries]
+        for key, value in tiny.native_inputs(name_of(bank), len(LENGTHS)).items()
+    }
+    out = tiny.native_outputs(bank.base, bank.batch_route(list(owners.values())), inputs)
+    labels = [torch.full(rows.shape[:-1], 1 + i) for i, rows in zip(owners, out, strict=True)]
+    losses = [F.cross_entropy(rows, label) for rows, label in zip(out, labels, strict=True)]
+    return {i: rows.detach() for i, rows in zip(owners, out, strict=True)}, torch.stack(losses).sum()
+
+
+def _distance(hidden: torch.Tensor, entry: int) -> torch.Tensor:
+    """Return the mean squared distance of an encoder's hidden states to fixed random ones."""
+    draws = torch.Generator().manual_seed(entry)
+    return F.mse_loss(hidden, torch.randn(hidden.shape, generator=draws).to(hidden.dtype))
+
+
+def joined(pieces: list[FlatBatch]) -> FlatBatch:
+    """Return flat batches as one."""
+    starts = torch.tensor([0, *(len(piece.token_ids) for piece in pieces)]).cumsum(0).tolist()
+    nodes: list[Node] = []
+    for piece in pieces:
+        before = len(nodes)
+        for node in piece.layout.nodes:
+            parent = node.parent if node.parent == NO_PARENT else node.parent + before
+            nodes.append(Node(**{**vars(node), "parent": parent}))
+    return FlatBatch(
+        torch.cat([piece.token_ids for piece in pieces]),
+        Layout(nodes),
+        torch.cat([piece.label_rows + start for piece, start in zip(pieces, starts, strict=False)]),
+        torch.cat([piece.label_ids for piece in pieces]),
+        sum((piece.examples for piece in pieces), ()),
+    )
+
+
+def _front(bank: Bank, owner: str | None) -> tuple[Any, ...]:
+    return ()
