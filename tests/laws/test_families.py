@@ -1,5 +1,7 @@
 """Every model family: LoRA on its default targets learns, is kept, merges, and shares a batch."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,9 +15,9 @@ from tests import families, tiny
 NOT_YET = {"gpt2"}
 ENTRIES = range(len(families.LENGTHS))
 FAMILIES = [name for name in families.ALL if name not in NOT_YET]
-EXACT = {"rtol": 1e-6, "atol": 1e-7}
+EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
 # Taken from where the models themselves compute in fp32: norms, rotary angles, softmax.
-TOLERANCE = {"gemma3": {"rtol": 1e-5, "atol": 2e-6}}
+TOLERANCE: dict[str, dict[str, Any]] = {"gemma3": {"rtol": 1e-5, "atol": 2e-6}}
 
 
 def learn(bank: Bank, steps: int = 6) -> list[float]:
@@ -69,16 +71,17 @@ def test_each_entry_of_a_mixed_batch_equals_it_alone(name):
     mixed, loss = families.run(bank, owners)
     loss.backward()
     gradients = {adapter: tiny.gradients(bank, adapter) for adapter in bank.adapters}
-    for adapter in (*bank.adapters, None):
+    members: list[str | None] = [*bank.adapters, None]
+    for member in members:
         tiny.clear_gradients(bank)
-        alone, loss = families.run(bank, {i: owner for i, owner in owners.items() if owner == adapter})
+        alone, loss = families.run(bank, {i: owner for i, owner in owners.items() if owner == member})
         for i, numbers in alone.items():
             torch.testing.assert_close(mixed[i], numbers, **TOLERANCE.get(name, EXACT))
-        if adapter is not None:
+        if member is not None:
             loss.backward()
-            for key, gradient in tiny.gradients(bank, adapter).items():
+            for key, gradient in tiny.gradients(bank, member).items():
                 assert gradient.abs().max() > 0, key
-                torch.testing.assert_close(gradients[adapter][key], gradient, **TOLERANCE.get(name, EXACT))
+                torch.testing.assert_close(gradients[member][key], gradient, **TOLERANCE.get(name, EXACT))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*tiny.NATIVE, "plain")])
