@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from onebase.base.model import Base
 from onebase.config.methods import Lora
 from onebase.data.batches import FlatBatch, flatten
 from onebase.data.examples import Example, Examples
-from onebase.ops.layout import Layout, Node
+from onebase.ops.layout import NO_PARENT, Layout, Node
 
 VOCABULARY = 61
 WINDOW = 8
@@ -245,6 +246,19 @@ def batch_of(examples: Examples, *owners: str | None) -> FlatBatch:
         Node(n.length, owner, n.example, n.parent, n.labels) for n, owner in zip(flat.layout.nodes, owners, strict=True)
     ]
     return FlatBatch(flat.token_ids, Layout(nodes), flat.label_rows, flat.label_ids, flat.examples)
+
+
+def together(*batches: FlatBatch) -> FlatBatch:
+    """Return batches one after the other as one, as a gang's would be."""
+    nodes: list[Node] = []
+    label_rows, tokens = [], 0
+    for batch in batches:
+        first = len(nodes)
+        nodes += [replace(n, parent=n.parent if n.parent == NO_PARENT else n.parent + first) for n in batch.layout.nodes]
+        label_rows.append(batch.label_rows + tokens)
+        tokens += batch.layout.token_count
+    ids, labels = torch.cat([b.token_ids for b in batches]), torch.cat([b.label_ids for b in batches])
+    return FlatBatch(ids, Layout(nodes), torch.cat(label_rows), labels, sum((b.examples for b in batches), ()))
 
 
 def gradients(bank: Bank, name: str) -> dict[str, torch.Tensor]:

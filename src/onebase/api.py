@@ -167,8 +167,9 @@ def train(bank: Bank, jobs: Mapping[str, Job], *, progress: Progress | None = No
 def _train_one(bank: Bank, name: str, job: Job, progress: Progress) -> Result:
     base = bank.base
     use_threads(job.settings.threads)
-    rows = load_rows(job.data, job.reading, job.task, base).examples
-    valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base).examples
+    virtual = bank.adapters[name].virtual_tokens
+    rows = load_rows(job.data, job.reading, job.task, base, virtual).examples
+    valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base, virtual).examples
     bank.remember(name, job.reading, job.task)
     whole = run.Job(bank.routed, bank.adapters[name], rows, valid, job.settings, job.reading.shuffle)
     member = run.start(whole, None, None, progress)
@@ -183,7 +184,7 @@ def evaluate(bank: Bank, name: str | None, rows: Rows) -> Scores:
         DataError: rows that cannot be used.
     """
     reading, task = bank.reading_of(name)
-    examples = load_rows(rows, reading, task, bank.base).examples
+    examples = load_rows(rows, reading, task, bank.base, len(bank.routed.virtual_ids(name))).examples
     return scoring.evaluate(bank.routed, name, examples)
 
 

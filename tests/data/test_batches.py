@@ -6,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.data.batches import batch_of_step, cut_by_tokens, epoch_order, flatten, micro_batches, steps_per_epoch
+from onebase.data.batches import (
+    Front,
+    batch_of_step,
+    cut_by_tokens,
+    epoch_order,
+    flatten,
+    micro_batches,
+    steps_per_epoch,
+)
 from tests import tiny
 
 COUNTS, SIZES, SEEDS = st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**31)
@@ -101,3 +109,34 @@ def test_numbers_come_in_any_sequence(numbers):
     batches = list(micro_batches(tiny.examples_of(3, 3, 3, 3, 3), numbers, 6, "a"))
     assert [batch.examples for batch in batches] == [(2, 3), (4,)]
     assert all(isinstance(number, int) for batch in batches for number in batch.examples)
+
+
+def test_virtual_tokens_stand_before_every_example_and_shift_what_is_predicted():
+    examples = tiny.examples_of(5, 3, 4)
+    plain = flatten(list(examples), range(3), "one")
+    for shared in (True, False):
+        batch = flatten(list(examples), range(3), "one", Front((61, 62), shared))
+        whole = [batch.layout.ancestor_rows(i) + rows_of(batch, i) for i in range(len(batch.layout.nodes))]
+        lines = [batch.token_ids[rows].tolist() for rows in whole[-3:]]
+        assert lines == [[61, 62, *e.token_ids.tolist()] for e in examples]
+        assert batch.layout.token_count == 12 + (2 if shared else 6)
+        assert torch.equal(batch.label_ids, plain.label_ids)
+        assert torch.equal(batch.token_ids[batch.label_rows + 1], plain.label_ids)
+        assert batch.examples == (0, 1, 2)
+        assert [n.example for n in batch.layout.nodes][-3:] == [0, 1, 2]
+        assert sum(n.labels for n in batch.layout.nodes) == plain.label_count
+        assert {n.owner for n in batch.layout.nodes} == {"one"}
+
+
+def rows_of(batch, index):
+    start = batch.layout.starts[index]
+    return list(range(start, start + batch.layout.nodes[index].length))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_virtual_tokens_count_into_the_budget_as_often_as_they_are_computed(shared):
+    examples = tiny.examples_of(5, 3, 4, 12, 1)
+    batches = list(micro_batches(examples, range(5), 14, "one", Front((61, 62), shared)))
+    counts = [batch.layout.token_count for batch in batches]
+    assert counts == ([14, 14, 3] if shared else [12, 6, 14, 3])
+    assert [n for batch in batches for n in batch.examples] == list(range(5))

@@ -6,9 +6,10 @@ import torch
 from onebase.adapters.bank import Bank
 from onebase.base import memory
 from onebase.base.model import load
-from onebase.config.methods import Lora
-from onebase.data.batches import cut_by_tokens, flatten
+from onebase.config.methods import Lora, PromptTuning
+from onebase.data.batches import cut_by_tokens
 from onebase.errors import CapacityError
+from onebase.measure.forward import forward_loss
 from onebase.train import capacity
 from tests import tiny
 from tests.tiny import examples_of
@@ -118,16 +119,34 @@ def test_trying_the_largest_batch_leaves_no_gradient_and_no_other_trace(bank, mo
     before = {name: tensor.clone() for name, tensor in bank.adapters["learner"].state.items()}
     tried = []
 
-    def noted(chosen, numbers, owner):
-        tried.append(sum(len(example.token_ids) for example in chosen))
-        return flatten(chosen, numbers, owner)
+    def noted(bank, batch, *rest, **named):
+        tried.append(batch.layout.token_count)
+        return forward_loss(bank, batch, *rest, **named)
 
-    monkeypatch.setattr(capacity, "flatten", noted)
+    monkeypatch.setattr(capacity, "forward_loss", noted)
     with tiny.global_randomness_untouched():
         assert capacity.fit_budget(bank, "learner", examples, 16, "auto") == 1024
     assert max(tried) == 16 * 40  # the largest step that there can be was run
     assert all(parameter.grad is None for _, parameter in bank.adapters["learner"].parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in bank.adapters["learner"].state.items())
+
+
+def test_virtual_tokens_count_into_the_largest_micro_batch(bank, monkeypatch):
+    bank.remove("learner")
+    bank.add("learner", PromptTuning(num_virtual_tokens=70))
+    examples = examples_of(*[30] * 20)
+    tried = []
+
+    def noted(bank, batch, *rest, **named):
+        tried.append(batch.layout.token_count)
+        return forward_loss(bank, batch, *rest, **named)
+
+    monkeypatch.setattr(capacity, "forward_loss", noted)
+    assert capacity.fit_budget(bank, "learner", examples, 4, 400) == 400
+    assert max(tried) == 70 + 4 * 30
+    limited(monkeypatch, bank, examples, 95)
+    with pytest.raises(CapacityError, match=r"a micro-batch of \d+ tokens needs"):
+        capacity.fit_budget(bank, "learner", examples, 4, "auto")
 
 
 def test_a_device_that_runs_out_gets_smaller_micro_batches_or_a_clear_error(bank, monkeypatch):

@@ -71,3 +71,15 @@ def test_tokens_beyond_the_models_embedding_are_refused_with_both_numbers(tmp_pa
     load_data(settings, "chat", replace(reader, embedding_rows=largest + 1))
     with pytest.raises(ModelError, match=rf"token id {largest}, but its embedding has {largest} rows"):
         load_data(settings, "chat", replace(reader, embedding_rows=largest))
+
+
+def test_virtual_tokens_count_into_the_length_of_an_example(tmp_path, reader):
+    path = str(write_rows(tmp_path / "rows.jsonl", definitions(9)))
+    for virtual, longest in ((0, 45), (5, 40)):
+        data = load_data(data_settings(train=path, max_length=45), "chat", reader, virtual)
+        assert data.train.examples.lengths.max() == longest
+    settings = data_settings(train=path, max_length=30)
+    assert max_length_of(settings, reader, 20) == 10
+    assert max_length_of(data_settings(train=path), reader, 20) == 236
+    with pytest.raises(ConfigError, match=r"data\.max_length: 30 tokens with 27 virtual ones .* leave 3 for an example"):
+        max_length_of(settings, reader, 27)

@@ -33,7 +33,7 @@ class Adapter:
     """What one fine-tune learns: its settings and its parts, in model order.
 
     `seed` gave the first values and keys its dropout. `target_paths` are the modules that its target settings name.
-    `warnings` are what those settings leave to be said.
+    `warnings` are what those settings leave to be said. `virtual_tokens` of its own stand before every sequence.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Adapter:
     parts: tuple[Part, ...]
     target_paths: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    virtual_tokens: int = 0
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every trained tensor with its name, in model order; one that several parts share, once."""
@@ -126,7 +127,9 @@ class Bank:
         if name in self._adapters:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
         built = build(self.places, settings, seed)
-        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings)
+        adapter = Adapter(
+            name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens
+        )
         if tensors is not None:
             adapter.load_state_(tensors)
         number = self._free_number()
@@ -192,6 +195,19 @@ class Bank:
             RowSpace.BATCH: example,
         }
         return Route(layout=layout, rows=rows, row_keys=keys)
+
+    def virtual_ids(self, name: str | None) -> tuple[int, ...]:
+        """Return the placeholder ids that stand before every sequence of an adapter: the first ones past the vocabulary.
+
+        A part on the input embedding knows them by that; no other module ever sees an id.
+        """
+        count = 0 if name is None else self._adapter(name).virtual_tokens
+        return tuple(range(self.base.embedding_rows or 0, (self.base.embedding_rows or 0) + count))
+
+    def max_length(self, name: str | None) -> int | None:
+        """Return the most tokens that a sequence of an adapter may have beside its virtual ones, where the base says."""
+        limit = self.base.max_length
+        return None if limit is None else limit - len(self.virtual_ids(name))
 
     def sole_route(self, name: str | None) -> Route:
         """Return the route that gives every row to one adapter (None: to the base alone), whatever the batch."""

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from onebase.adapters import bias, ia3, lora
+from onebase.adapters import bias, ia3, lora, prompt
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
-from onebase.config.methods import AdapterSettings, BitFit, Ia3, Lora
+from onebase.config.methods import AdapterSettings, BitFit, Ia3, Lora, PromptTuning
 
 BUILDERS: dict[type[Any], Callable[[Places, Any, int], Built]] = {
     Lora: lora.build,
     Ia3: ia3.build,
     BitFit: bias.build,
+    PromptTuning: prompt.build,
 }
 """Settings class -> what makes its parts from (places, settings, seed)."""
 

@@ -40,6 +40,7 @@ class Places:
         self.candidates = tuple(sorted(candidates, key=lambda c: order[c.path]))
         self._poolers = {c.path for c in candidates if c.role == "pooler"}
         self.head_path = self.path_of(base.head_module)
+        self.embedding_path = self.path_of(base.input_embedding)
         self._squares: dict[str, Tensor] = {}
         self.owners = tuple(self._owners())
 

@@ -101,6 +101,7 @@ class Base:
     def input_embedding(self) -> nn.Embedding | None:
         """What turns token ids into vectors; None in a model that embeds no tokens, or does not say."""
         module = _ask(self.model, "get_input_embeddings")
+        module = getattr(module, "base_layer", module)  # an adapter may be on it
         return module if isinstance(getattr(module, "num_embeddings", None), int) else None
 
     @property

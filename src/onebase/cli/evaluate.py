@@ -63,20 +63,20 @@ def _rows(opened: Opened, data: str | None) -> tuple["Prepared", str]:
     """Return the examples to measure on and what to call them."""
     from onebase.train.data import load_rows
 
-    base = opened.bank.base
+    base, virtual = opened.bank.base, len(opened.bank.virtual_ids(opened.adapter))
     if data is not None:
-        return load_rows(data, opened.data_settings(data), opened.task, base), data
+        return load_rows(data, opened.data_settings(data), opened.task, base, virtual), data
     for part in ("test", "valid"):
         source = opened.sources.get(part)
         if isinstance(source, float):
             from onebase.train.data import load_data
 
             settings = opened.data_settings(opened.sources["train"])
-            held_out = load_data(settings.model_copy(update={"valid": source}), opened.task, base).valid
+            held_out = load_data(settings.model_copy(update={"valid": source}), opened.task, base, virtual).valid
             assert held_out is not None, "a fraction holds rows out"
             return held_out, ", ".join(held_out.files)
         if source is not None:
-            prepared = load_rows(source, opened.data_settings(source), opened.task, base)
+            prepared = load_rows(source, opened.data_settings(source), opened.task, base, virtual)
             return prepared, source if isinstance(source, str) else f"the run's data.{part}"
     raise ConfigError(
         f"--data: name the rows to measure on; {opened.label} has no data.test and no data.valid of its own."

@@ -34,11 +34,13 @@ def preview(
 
     settings = read_settings(config, overrides or ())  # first: a mistake in them is told without waiting for torch
     from onebase.base.pretrained import locate, open_tokenizer
+    from onebase.config.methods import virtual_tokens_of
     from onebase.train.data import load_data
 
     place = locate(settings.model, revision=settings.revision)
     tokenizer, max_length = open_tokenizer(place, trust_remote_code=settings.trust_remote_code)
-    data = load_data(settings.data, settings.task, _Reader(settings.model, tokenizer, max_length))
+    reader = _Reader(settings.model, tokenizer, max_length)
+    data = load_data(settings.data, settings.task, reader, virtual_tokens_of(settings.adapter))
     if as_json:
         examples = data.train.examples
         shown = [example_fields(examples[number], tokenizer) for number in range(min(rows, len(examples)))]

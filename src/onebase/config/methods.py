@@ -202,6 +202,13 @@ class Full(Targeted):
 AdapterSettings = Lora | Ia3 | BitFit | LnTuning | Bottleneck | PromptTuning | PrefixTuning | Full
 """The settings of any one adapter."""
 
+
+
+def virtual_tokens_of(settings: AdapterSettings) -> int:
+    """Return how many virtual tokens of its own an adapter puts before every sequence."""
+    return settings.num_virtual_tokens if isinstance(settings, PromptTuning | PrefixTuning) else 0
+
+
 METHODS: dict[str, type[AdapterSettings]] = {
     kind.model_fields["method"].default: kind
     for kind in (Lora, Ia3, BitFit, LnTuning, Bottleneck, PromptTuning, PrefixTuning, Full)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onebase.data.examples import Example, Examples
 from onebase.ops.keyed import mix, position_keys
-from onebase.ops.layout import Layout, Node
+from onebase.ops.layout import NO_PARENT, Layout, Node
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FlatBatch:
     """Examples end to end: `token_ids` (tokens,), how they hang together, and what is to be predicted where.
 
     `label_rows[i]` is the token whose hidden state predicts `label_ids[i]`; both are (labels,), in token order.
-    `examples` are the numbers of the examples in their data set, node by node.
+    `examples` are the numbers of the examples in their data set, in order.
     """
 
     token_ids: Tensor
@@ -69,26 +69,62 @@ def cut_by_tokens(lengths: Sequence[int], budget_tokens: int) -> list[slice]:
     return [*cuts, slice(start, len(lengths))] if lengths else []
 
 
+@dataclass(frozen=True)
+class Front:
+    """The virtual tokens that stand before every example of an adapter: placeholder ids, never labelled.
+
+    `shared`: they are a node of their own that a batch computes once, the parent of its examples; otherwise each
+    example begins with them (a bidirectional model's prefix depends on what follows).
+    """
+
+    token_ids: tuple[int, ...] = ()
+    shared: bool = False
+
+
+NOTHING = Front()
+
+
 def micro_batches(
-    examples: Examples, numbers: Sequence[int], budget_tokens: int, owner: str | None
+    examples: Examples, numbers: Sequence[int], budget_tokens: int, owner: str | None, front: Front = NOTHING
 ) -> Iterator[FlatBatch]:
-    """Yield the examples of these numbers as flat batches of at most `budget_tokens` tokens, in order."""
-    for cut in cut_by_tokens(examples.lengths[list(numbers)].tolist(), budget_tokens):
-        yield flatten([examples[n] for n in numbers[cut]], numbers[cut], owner)
+    """Yield the examples of these numbers as flat batches of at most `budget_tokens` tokens, in order.
+
+    Virtual tokens count: once a batch where they are shared, in every example otherwise.
+    """
+    once, each = (len(front.token_ids), 0) if front.shared else (0, len(front.token_ids))
+    for cut in cut_by_tokens((examples.lengths[list(numbers)] + each).tolist(), budget_tokens - once):
+        yield flatten([examples[n] for n in numbers[cut]], numbers[cut], owner, front)
 
 
-def flatten(examples: Sequence[Example], numbers: Sequence[int], owner: str | None) -> FlatBatch:
-    """Return examples end to end, all owned by one adapter (None: by the base alone)."""
+def flatten(
+    examples: Sequence[Example], numbers: Sequence[int], owner: str | None, front: Front = NOTHING
+) -> FlatBatch:
+    """Return examples end to end, all owned by one adapter (None: by the base alone), behind its virtual tokens."""
+    count = len(front.token_ids)
+    root = [Node(length=count, owner=owner, virtual=count)] if count and front.shared else []
+    before = 0 if root else count
     nodes = [
-        Node(length=len(e.token_ids), owner=owner, example=int(n), labels=int(e.labelled.sum()))
+        Node(
+            length=before + len(e.token_ids),
+            owner=owner,
+            example=int(n),
+            parent=0 if root else NO_PARENT,
+            labels=int(e.labelled.sum()),
+            virtual=before,
+        )
         for e, n in zip(examples, numbers, strict=True)
     ]
-    token_ids = torch.from_numpy(np.concatenate([e.token_ids for e in examples]).astype(np.int64))
-    labelled = np.concatenate([e.labelled for e in examples])
-    label_places = torch.from_numpy(np.flatnonzero(labelled))
+    virtual = np.array(front.token_ids, dtype=np.int64)
+    unlabelled = np.zeros(count, dtype=np.bool_)
+    pieces = [(virtual, unlabelled)] if root else []
+    for example in examples:
+        pieces += [(virtual, unlabelled)] if before else []
+        pieces.append((example.token_ids.astype(np.int64), example.labelled))
+    token_ids = torch.from_numpy(np.concatenate([ids for ids, _ in pieces]))
+    label_places = torch.from_numpy(np.flatnonzero(np.concatenate([labelled for _, labelled in pieces])))
     return FlatBatch(
         token_ids=token_ids,
-        layout=Layout(nodes),
+        layout=Layout([*root, *nodes]),
         label_rows=label_places - 1,  # a token is predicted by the one before it; an example's first is never labelled
         label_ids=token_ids[label_places],
         examples=tuple(int(n) for n in numbers),

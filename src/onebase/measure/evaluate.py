@@ -9,17 +9,19 @@ from dataclasses import asdict, dataclass
 import torch
 
 from onebase.adapters.bank import Bank
-from onebase.data.batches import micro_batches
 from onebase.data.examples import Examples
 from onebase.errors import DataError
-from onebase.measure.forward import forward_loss
+from onebase.measure.forward import batches_of, forward_loss
 
 EVALUATION_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation found. `loss` is nats a labelled token; `token_accuracy` the share of labels ranked first."""
+    """What an evaluation found. `loss` is nats a labelled token; `token_accuracy` the share of labels ranked first.
+
+    `tokens` are those of the examples: virtual ones belong to the adapter.
+    """
 
     loss: float
     perplexity: float
@@ -53,7 +55,7 @@ def evaluate(
     if not examples.label_count:
         raise DataError(f"{len(examples)} examples without a labelled token: there is nothing to evaluate.")
     loss_sum, correct, labels, done = 0.0, 0, 0, 0
-    for batch in micro_batches(examples, range(len(examples)), batch_tokens, name):
+    for batch in batches_of(bank, name, examples, range(len(examples)), batch_tokens):
         _, found = forward_loss(bank, batch, 1.0)
         loss_sum += float(found.loss.double().sum())
         correct += int(found.correct.sum())

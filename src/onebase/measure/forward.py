@@ -6,12 +6,26 @@ number, so gradients of micro-batches add up to those of one large batch, howeve
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from onebase.adapters.bank import Bank
 from onebase.base.route import RowSpace
-from onebase.data.batches import FlatBatch
+from onebase.data.batches import FlatBatch, Front, micro_batches
+from onebase.data.examples import Examples
 from onebase.ops.loss import RowLosses, head_loss
+
+
+def batches_of(
+    bank: Bank, name: str | None, examples: Examples, numbers: Sequence[int], budget_tokens: int
+) -> Iterator[FlatBatch]:
+    """Yield examples as flat batches of an adapter (None: of the base alone), behind its virtual tokens.
+
+    Those are computed once a batch where a prefix can be shared; a padded batch repeats them anyway.
+    """
+    shared = bank.base.shares_prefixes and bank.base.layout_kind == "flat"
+    return micro_batches(examples, numbers, budget_tokens, name, Front(bank.virtual_ids(name), shared))
 
 
 def forward_loss(

@@ -31,7 +31,7 @@ class Node:
 
     `owner` is the adapter's name (None: the base alone), `example` the example's number in its data set (keys the
     randomness), `parent` the index of the node that comes before it, `labels` how many of its tokens are predictors
-    of a labelled token.
+    of a labelled token, `virtual` how many of its first tokens are the owner's own and not the text's.
     """
 
     length: int
@@ -39,6 +39,7 @@ class Node:
     example: int = 0
     parent: int = NO_PARENT
     labels: int = 0
+    virtual: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Layout:
                 raise ValueError(f"node {index}: a node has at least one token, got {node.length}")
             if node.parent != NO_PARENT and self.nodes[node.parent].owner != node.owner:
                 raise ValueError(f"node {index} of {node.owner!r} has a parent of {self.nodes[node.parent].owner!r}")
+            if not 0 <= node.virtual <= node.length:
+                raise ValueError(f"node {index}: {node.virtual} of its {node.length} tokens cannot be virtual")
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ count before it is tried.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from onebase.adapters.bank import Bank
 from onebase.base import memory
-from onebase.data.batches import cut_by_tokens, flatten
+from onebase.data.batches import FlatBatch
 from onebase.data.examples import Examples
 from onebase.errors import CapacityError
-from onebase.measure.forward import forward_loss
+from onebase.measure.forward import batches_of, forward_loss
 
 AUTO_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 _PROBE_TOKENS = 64
@@ -40,7 +39,7 @@ def fit_budget(
     """
     automatic = wanted == "auto"
     budget = AUTO_TOKENS.get(bank.base.device.type, AUTO_TOKENS["cpu"]) if automatic else int(wanted)
-    lengths = examples.lengths
+    lengths = examples.lengths + len(bank.virtual_ids(name))
     longest = int(lengths.max())
     if bank.base.device.type == "cpu":
         per_token = _RESERVE * kept_bytes_per_token(bank, name, examples, recompute=recompute)
@@ -102,7 +101,7 @@ def kept_bytes_per_token(bank: Bank, name: str, examples: Examples, *, recompute
 
 def _counted_bytes_per_token(bank: Bank, name: str, examples: Examples) -> float:
     order = np.argsort(examples.lengths, kind="stable").tolist()
-    cut = cut_by_tokens(examples.lengths[order].tolist(), _PROBE_TOKENS)[0]
+    batch = next(batches_of(bank, name, examples, order, _PROBE_TOKENS + len(bank.virtual_ids(name))))
     seen: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in bank.base.model.parameters()}
 
@@ -113,19 +112,17 @@ def _counted_bytes_per_token(bank: Bank, name: str, examples: Examples) -> float
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        tokens = _forward_and_backward(bank, name, examples, order[cut])
+        tokens = _forward_and_backward(bank, name, batch)
     return sum(seen.values()) / tokens
 
 
 def _try_largest(bank: Bank, name: str, examples: Examples, batch_size: int, budget: int) -> None:
     order = np.argsort(-examples.lengths, kind="stable").tolist()[:batch_size]
-    cut = cut_by_tokens(examples.lengths[order].tolist(), budget)[0]
-    _forward_and_backward(bank, name, examples, order[cut])
+    _forward_and_backward(bank, name, next(batches_of(bank, name, examples, order, budget)))
 
 
-def _forward_and_backward(bank: Bank, name: str, examples: Examples, numbers: Sequence[int]) -> int:
-    """Run examples forward and backward, clear the gradients and return the number of tokens."""
-    batch = flatten([examples[n] for n in numbers], list(numbers), name)
+def _forward_and_backward(bank: Bank, name: str, batch: FlatBatch) -> int:
+    """Run a batch forward and backward, clear the gradients and return the number of tokens that were computed."""
     total, _ = forward_loss(bank, batch, 1 / batch.label_count, dropout_step=0)
     total.backward()  # type: ignore[no-untyped-call]
     _clear_gradients(bank, name)

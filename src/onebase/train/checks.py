@@ -26,7 +26,7 @@ def check_losses(rows: RowLosses, batch: FlatBatch, examples: Examples, step: in
         return
     ends = torch.tensor([node.length for node in batch.layout.nodes]).cumsum(0)
     owner = torch.searchsorted(ends, batch.label_rows[bad.cpu()], right=True)
-    places = [examples[batch.examples[i]].place for i in sorted(set(owner.tolist()))]
+    places = [examples[batch.layout.nodes[i].example].place for i in sorted(set(owner.tolist()))]
     shown = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
     raise TrainingError(
         f"step {step}: the loss is not finite ({int(bad.sum())} of {len(bad)} labelled tokens), first in {shown}. "

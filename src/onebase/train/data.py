@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from onebase.config.settings import DEFAULT_MAX_LENGTH, DataPart, DataSettings
+from onebase.config.settings import DEFAULT_MAX_LENGTH, SHORTEST_MAX_LENGTH, DataPart, DataSettings
 from onebase.data.examples import Examples, Report, build_examples
 from onebase.data.reading import read_rows
 from onebase.data.rows import Row, split_by_hash
@@ -51,39 +51,50 @@ class TrainingData:
     valid: Prepared | None
 
 
-def load_data(settings: DataSettings, task: str, base: Reader) -> TrainingData:
+def load_data(settings: DataSettings, task: str, base: Reader, virtual_tokens: int = 0) -> TrainingData:
     """Return the training and validation examples that the settings name, all rows checked.
+
+    `virtual_tokens` are the adapter's own before every example; they count into its length.
 
     Raises:
         DataError: a file or rows that cannot be used.
     """
+
+    def made(rows: Iterable[Row], names: tuple[str, ...]) -> Prepared:
+        return prepare(rows, settings, task, base, names, virtual_tokens)
+
     rows: Iterable[Row] = _rows(settings.train, settings)
     names = _names(settings.train)
     if isinstance(settings.valid, float):
         rows, held_out = split_by_hash(rows, settings.valid)
         held_out = list({row.place: row for row in held_out}.values())  # a weight counts in training alone
-        valid = prepare(
-            held_out, settings, task, base, tuple(f"{name} ({settings.valid:g} held out)" for name in names)
-        )
+        valid = made(held_out, tuple(f"{name} ({settings.valid:g} held out)" for name in names))
     elif settings.valid is not None:
-        valid = prepare(_rows(settings.valid, settings), settings, task, base, _names(settings.valid))
+        valid = made(_rows(settings.valid, settings), _names(settings.valid))
     else:
-        return TrainingData(prepare(rows, settings, task, base, names), None)
-    return TrainingData(prepare(rows, settings, task, base, names), valid)
+        return TrainingData(made(rows, names), None)
+    return TrainingData(made(rows, names), valid)
 
 
-def load_rows(source: Any, settings: DataSettings, task: str, base: Reader) -> Prepared:
-    """Return the examples of another source (a path, rows) under a run's data settings.
+def load_rows(source: Any, settings: DataSettings, task: str, base: Reader, virtual_tokens: int = 0) -> Prepared:
+    """Return the examples of another source (a path, rows) under a run's data settings, for `load_data`'s adapter.
 
     Raises:
         DataError: a file or rows that cannot be used.
     """
     names = (Path(source).name,) if isinstance(source, str | Path) else ("rows",)
-    return prepare(read_rows(source, columns=settings.columns), settings, task, base, names)
+    return prepare(read_rows(source, columns=settings.columns), settings, task, base, names, virtual_tokens)
 
 
-def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Reader, files: tuple[str, ...]) -> Prepared:
-    """Return rows as examples under the data settings.
+def prepare(
+    rows: Iterable[Row],
+    settings: DataSettings,
+    task: str,
+    base: Reader,
+    files: tuple[str, ...],
+    virtual_tokens: int = 0,
+) -> Prepared:
+    """Return rows as examples under the data settings, behind an adapter's virtual tokens.
 
     Raises:
         DataError: rows that cannot be used.
@@ -95,7 +106,7 @@ def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Reader
         rows,
         base.tokenizer,
         task=task,
-        max_length=max_length_of(settings, base),
+        max_length=max_length_of(settings, base, virtual_tokens),
         labels=settings.labels,
         system=settings.system,
         template=settings.template,
@@ -111,18 +122,22 @@ def prepare(rows: Iterable[Row], settings: DataSettings, task: str, base: Reader
     return Prepared(examples, report, files)
 
 
-def max_length_of(settings: DataSettings, base: Reader) -> int:
-    """Return the most tokens of an example: as set, or the model's limit, at most DEFAULT_MAX_LENGTH.
+def max_length_of(settings: DataSettings, base: Reader, virtual_tokens: int = 0) -> int:
+    """Return the most tokens of an example beside the virtual ones: as set, or the model's limit, at most the default.
 
     Raises:
-        ConfigError: more than the model can take.
+        ConfigError: more than the model can take, or so few that virtual tokens leave no room.
     """
     limit = base.max_length
-    if settings.max_length is None:
-        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if limit is not None and settings.max_length > limit:
-        raise ConfigError(f"data.max_length: {base.name} takes at most {limit} tokens, got {settings.max_length}.")
-    return settings.max_length
+    whole = settings.max_length or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if limit is not None and whole > limit:
+        raise ConfigError(f"data.max_length: {base.name} takes at most {limit} tokens, got {whole}.")
+    if virtual_tokens and whole - virtual_tokens < SHORTEST_MAX_LENGTH:
+        raise ConfigError(
+            f"data.max_length: {whole} tokens with {virtual_tokens} virtual ones (adapter.num_virtual_tokens) leave "
+            f"{max(whole - virtual_tokens, 0)} for an example, at least {SHORTEST_MAX_LENGTH} are needed."
+        )
+    return whole - virtual_tokens
 
 
 def _rows(parts: Sequence[DataPart], settings: DataSettings) -> Iterable[Row]:

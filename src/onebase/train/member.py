@@ -16,9 +16,9 @@ from torch import Tensor
 
 from onebase.adapters.bank import Adapter, Bank
 from onebase.config.settings import TrainSettings
-from onebase.data.batches import batch_of_step, micro_batches, steps_per_epoch
+from onebase.data.batches import batch_of_step, steps_per_epoch
 from onebase.data.examples import Examples
-from onebase.measure.forward import forward_loss
+from onebase.measure.forward import batches_of, forward_loss
 from onebase.train import checks
 from onebase.train.progress import StepRecord
 from onebase.train.schedule import Schedule, total_steps_of, warmup_of
@@ -28,7 +28,10 @@ _MOVED_BY = 3
 
 @dataclass
 class Books:
-    """What a member has done so far; saved with every checkpoint, so that a resumed run adds up."""
+    """What a member has done so far; saved with every checkpoint, so that a resumed run adds up.
+
+    `tokens` are those of the examples, however often a prefix was computed; virtual ones belong to the adapter.
+    """
 
     step: int = 0
     examples: int = 0
@@ -89,7 +92,7 @@ class Member:
         began = time.perf_counter()
         step, settings = self.books.step, self.settings
         numbers = batch_of_step(len(self.examples), step, settings.batch_size, settings.seed, self.shuffle).tolist()
-        batches = list(micro_batches(self.examples, numbers, self.budget_tokens, self.adapter.name))
+        batches = list(batches_of(self.bank, self.adapter.name, self.examples, numbers, self.budget_tokens))
         labels = sum(batch.label_count for batch in batches)
         loss_sum = 0.0
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,7 +115,7 @@ class Member:
             learning_rate=rate,
             grad_norm=norm,
             examples=len(numbers),
-            tokens=sum(batch.layout.token_count for batch in batches),
+            tokens=int(self.examples.lengths[numbers].sum()),
             labelled_tokens=labels,
             seconds=time.perf_counter() - began,
         )

@@ -83,7 +83,7 @@ def train_run(
         )
         bank = Bank(base)
         adapter = add_adapter(bank, settings)
-        data = load_data(settings.data, settings.task, base)
+        data = load_data(settings.data, settings.task, base, adapter.virtual_tokens)
         progress.loaded(data)
         job = Job(bank, adapter, data.train.examples, data.valid.examples if data.valid else None, settings.train)
         job = replace(
