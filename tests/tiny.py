@@ -254,7 +254,9 @@ def together(*batches: FlatBatch) -> FlatBatch:
     label_rows, tokens = [], 0
     for batch in batches:
         first = len(nodes)
-        nodes += [replace(n, parent=n.parent if n.parent == NO_PARENT else n.parent + first) for n in batch.layout.nodes]
+        nodes += [
+            replace(n, parent=n.parent if n.parent == NO_PARENT else n.parent + first) for n in batch.layout.nodes
+        ]
         label_rows.append(batch.label_rows + tokens)
         tokens += batch.layout.token_count
     ids, labels = torch.cat([b.token_ids for b in batches]), torch.cat([b.label_ids for b in batches])

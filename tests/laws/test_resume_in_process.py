@@ -38,13 +38,13 @@ def test_stopped_after_any_step_and_resumed_equals_never_stopped(method):
     while not whole.finished:
         whole.run_step()
         whole.check_moved()
-        tensors, books = whole.state()
-        states.append(({name: tensor.clone() for name, tensor in tensors.items()}, json.dumps(books)))
+        held, books = whole.state()
+        states.append(({name: tensor.clone() for name, tensor in held.items()}, json.dumps(books)))
     assert len(states) == 9
     assert not any(torch.equal(tensor, first[name]) for name, tensor in whole.adapter.state.items())
-    for tensors, books in states[:-1]:
+    for tensors, text in states[:-1]:
         resumed = member_of(METHODS[method])
-        resumed.load_state(tensors, json.loads(books), None)
+        resumed.load_state(tensors, json.loads(text), None)
         while not resumed.finished:
             resumed.run_step()
         assert books_of(resumed) == books_of(whole)

@@ -81,5 +81,7 @@ def test_virtual_tokens_count_into_the_length_of_an_example(tmp_path, reader):
     settings = data_settings(train=path, max_length=30)
     assert max_length_of(settings, reader, 20) == 10
     assert max_length_of(data_settings(train=path), reader, 20) == 236
-    with pytest.raises(ConfigError, match=r"data\.max_length: 30 tokens with 27 virtual ones .* leave 3 for an example"):
+    with pytest.raises(
+        ConfigError, match=r"data\.max_length: 30 tokens with 27 virtual ones .* leave 3 for an example"
+    ):
         max_length_of(settings, reader, 27)

@@ -127,9 +127,7 @@ class Bank:
         if name in self._adapters:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
         built = build(self.places, settings, seed)
-        adapter = Adapter(
-            name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens
-        )
+        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)
         if tensors is not None:
             adapter.load_state_(tensors)
         number = self._free_number()

@@ -203,7 +203,6 @@ AdapterSettings = Lora | Ia3 | BitFit | LnTuning | Bottleneck | PromptTuning | P
 """The settings of any one adapter."""
 
 
-
 def virtual_tokens_of(settings: AdapterSettings) -> int:
     """Return how many virtual tokens of its own an adapter puts before every sequence."""
     return settings.num_virtual_tokens if isinstance(settings, PromptTuning | PrefixTuning) else 0

@@ -7,7 +7,6 @@ count before it is tried.
 
 from __future__ import annotations
 
-
 import numpy as np
 import torch
 from torch import Tensor
