@@ -7,6 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from onebase.adapters.bank import Bank
+from onebase.adapters.build import BUILDERS
+from onebase.config.methods import (
+    BitFit,
+    Bottleneck,
+    Full,
+    Ia3,
+    LnTuning,
+    Lora,
+    PrefixTuning,
+    PromptTuning,
+)
 from onebase.data.batches import FlatBatch, flatten
 from onebase.measure.forward import forward_loss
 from onebase.ops.layout import NO_PARENT, Layout, Node
@@ -21,8 +32,42 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "any module": ("plain",),
 }
 ALL = tuple(name for names in FAMILIES.values() for name in names)
-LENGTHS = (7, 20, 11, 15)
+LENGTHS = tuple(5 + 7 * number % 19 for number in range(24))
 """The lengths of the examples of a model of tokens; every model has as many entries."""
+
+VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "lora": (Lora, {"r": 4}),
+    "lora, rsLoRA": (Lora, {"r": 4, "use_rslora": True}),
+    "lora, DoRA": (Lora, {"r": 4, "use_dora": True}),
+    "lora, PiSSA": (Lora, {"r": 4, "init_lora_weights": "pissa"}),
+    "lora, OLoRA": (Lora, {"r": 4, "init_lora_weights": "olora"}),
+    "lora, orthogonal": (Lora, {"r": 4, "init_lora_weights": "orthogonal"}),
+    "lora, bias: all": (Lora, {"r": 4, "bias": "all"}),
+    "ia3": (Ia3, {}),
+    "bitfit": (BitFit, {}),
+    "ln-tuning": (LnTuning, {}),
+    "bottleneck, pfeiffer": (Bottleneck, {"reduction_factor": 4}),
+    "bottleneck, houlsby": (Bottleneck, {"reduction_factor": 4, "placement": "houlsby"}),
+    "prompt-tuning": (PromptTuning, {"num_virtual_tokens": 3}),
+    "prefix-tuning": (PrefixTuning, {"num_virtual_tokens": 3}),
+    "prefix-tuning, projected": (PrefixTuning, {"num_virtual_tokens": 3, "prefix_projection": True}),
+    "full": (Full, {}),
+}
+"""Every method in its kinds: the settings class and what of it is set."""
+
+
+def variants() -> dict[str, tuple[type[Any], dict[str, Any]]]:
+    """Return the variants of the methods that can be built now; none may be missing above."""
+    assert set(BUILDERS) <= {kind for kind, _ in VARIANTS.values()}
+    return {label: variant for label, variant in VARIANTS.items() if variant[0] in BUILDERS}
+
+
+def perturb_(adapter: Any, seed: int, size: float = 0.1) -> Any:
+    """Move every tensor of an adapter from where it starts, so that it changes the base and gradients reach all of it."""
+    draws = torch.Generator().manual_seed(seed)
+    for _, parameter in adapter.parameters():
+        parameter.data += size * torch.randn(parameter.shape, generator=draws).to(parameter.dtype)
+    return adapter
 
 
 def bank_on(name: str, dtype: torch.dtype = torch.float64) -> Bank:
@@ -66,7 +111,7 @@ def _run_native(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int,
         for key, value in tiny.native_inputs(name_of(bank), len(LENGTHS)).items()
     }
     out = tiny.native_outputs(bank.base, bank.batch_route(list(owners.values())), inputs)
-    labels = [torch.full(rows.shape[:-1], 1 + i) for i, rows in zip(owners, out, strict=True)]
+    labels = [torch.full(rows.shape[:-1], i % rows.shape[-1]) for i, rows in zip(owners, out, strict=True)]
     losses = [F.cross_entropy(rows, label) for rows, label in zip(out, labels, strict=True)]
     return {i: rows.detach() for i, rows in zip(owners, out, strict=True)}, torch.stack(losses).sum()
 

@@ -1,0 +1,57 @@
+"""Every method in one bank and one mixed batch equals itself alone: what comes out, and every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from onebase.adapters.bank import Bank
+from onebase.errors import ConfigError, TargetError
+from tests import families, tiny
+
+EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
+# What a model computes in fp32 whatever its dtype (norms, rotary angles, softmax) is rounded by where it lies.
+TOLERANCE: dict[str, dict[str, Any]] = {"gemma3": {"rtol": 1e-5, "atol": 2e-6}}
+
+
+def fill(bank: Bank) -> None:
+    """Add every method that the model can have, each away from where it starts."""
+    for seed, (label, (kind, settings)) in enumerate(families.variants().items()):
+        try:
+            bank.add(label, kind(**settings), seed=seed)
+        except (ConfigError, TargetError):
+            continue
+        families.perturb_(tiny.as_dtype_(bank.adapters[label], torch.float64), seed)
+
+
+def results(bank: Bank, owners: dict[int, str | None]) -> dict[int, torch.Tensor]:
+    tiny.clear_gradients(bank)
+    numbers, loss = families.run(bank, owners)
+    loss.backward()
+    return numbers
+
+
+@pytest.mark.parametrize("name", families.ALL)
+def test_every_method_in_one_mixed_batch_equals_itself_alone(name):
+    bank, own = families.bank_on(name), families.bank_on(name)
+    fill(bank)
+    members: list[str | None] = [*bank.adapters, None]
+    owners = dict(enumerate([*members, *bank.adapters]))  # each has two entries, far apart
+    together = results(bank, owners)
+    gradients = {label: tiny.gradients(bank, label) for label in bank.adapters}
+    plain = families.run(own, dict.fromkeys(owners, None))[0]
+    tolerance = TOLERANCE.get(name, EXACT)
+    for label, adapter in bank.adapters.items():
+        own.add(label, adapter.settings, seed=adapter.seed)
+        tiny.as_dtype_(own.adapters[label], torch.float64).load_state_(adapter.state)
+        alone = results(own, {i: owner for i, owner in owners.items() if owner == label})
+        for i, rows in alone.items():
+            torch.testing.assert_close(together[i], rows, **tolerance, msg=lambda text, label=label: f"{label}: {text}")
+            assert (rows - plain[i]).abs().max() > 1e-6, f"{label} changes nothing"
+        for key, gradient in tiny.gradients(own, label).items():
+            torch.testing.assert_close(
+                gradients[label][key], gradient, **tolerance, msg=lambda text, key=key: f"{key}: {text}"
+            )
+        own.remove(label)
+    nobodys = len(members) - 1
+    torch.testing.assert_close(together[nobodys], plain[nobodys], **tolerance)
