@@ -18,8 +18,9 @@ from onebase.config.methods import (
     PrefixTuning,
     PromptTuning,
 )
-from onebase.data.batches import FlatBatch, flatten
-from onebase.measure.forward import forward_loss
+from onebase.data.batches import FlatBatch
+from onebase.data.examples import Examples
+from onebase.measure.forward import batches_of, forward_loss
 from onebase.ops.layout import NO_PARENT, Layout, Node
 from tests import tiny
 
@@ -90,18 +91,34 @@ def run(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, torch.T
     if bank.base.layout_kind == "native":
         return _run_native(bank, owners)
     examples = tiny.examples_of(*LENGTHS)
-    batch = joined([flatten([examples[i]], [i], owner, *_front(bank, owner)) for i, owner in owners.items()])
+    batch = joined([_one_batch(bank, owner, examples, numbers) for owner, numbers in _stretches(bank, owners)])
     if bank.base.head is not None:
         loss, rows = forward_loss(bank, batch, 1.0)
         pieces = rows.loss.split([node.labels for node in batch.layout.nodes])
     else:
         hidden = bank.base.hidden(batch.token_ids, bank.route(batch.layout))
         pieces = hidden.split([node.length for node in batch.layout.nodes])
-    nodes = [(node, piece) for node, piece in zip(batch.layout.nodes, pieces, strict=True) if node.example >= 0]
-    found = {i: piece[-len(examples[i].token_ids) :] for i, (_, piece) in zip(owners, nodes, strict=True)}
+    own = {node.example: p for node, p in zip(batch.layout.nodes, pieces, strict=True) if node.virtual < node.length}
+    found = {i: own[i][-len(examples[i].token_ids) :] for i in owners}
     if bank.base.head is None:
         loss = sum((_distance(found[i], i) for i in owners), torch.zeros(()))
     return {i: piece.detach() for i, piece in found.items()}, loss
+
+
+def _stretches(bank: Bank, owners: Mapping[int, str | None]) -> list[tuple[str | None, list[int]]]:
+    """Return who owns which entries, in order; what has virtual tokens has its entries together, behind them."""
+    found: list[tuple[str | None, list[int]]] = []
+    for i, owner in owners.items():
+        if not bank.virtual_ids(owner):
+            found.append((owner, [i]))
+        elif all(owner != other for other, _ in found):
+            found.append((owner, [j for j, other in owners.items() if other == owner]))
+    return found
+
+
+def _one_batch(bank: Bank, owner: str | None, examples: Examples, numbers: list[int]) -> FlatBatch:
+    [batch] = batches_of(bank, owner, examples, numbers, 10**9)
+    return batch
 
 
 def _run_native(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
@@ -138,7 +155,3 @@ def joined(pieces: list[FlatBatch]) -> FlatBatch:
         torch.cat([piece.label_ids for piece in pieces]),
         sum((piece.examples for piece in pieces), ()),
     )
-
-
-def _front(bank: Bank, owner: str | None) -> tuple[Any, ...]:
-    return ()

@@ -40,18 +40,19 @@ def test_every_method_in_one_mixed_batch_equals_itself_alone(name):
     together = results(bank, owners)
     gradients = {label: tiny.gradients(bank, label) for label in bank.adapters}
     plain = families.run(own, dict.fromkeys(owners, None))[0]
-    tolerance = TOLERANCE.get(name, EXACT)
     for label, adapter in bank.adapters.items():
         own.add(label, adapter.settings, seed=adapter.seed)
         tiny.as_dtype_(own.adapters[label], torch.float64).load_state_(adapter.state)
         alone = results(own, {i: owner for i, owner in owners.items() if owner == label})
         for i, rows in alone.items():
-            torch.testing.assert_close(together[i], rows, **tolerance, msg=lambda text, label=label: f"{label}: {text}")
+            same(label, together[i], rows, name)
             assert (rows - plain[i]).abs().max() > 1e-6, f"{label} changes nothing"
         for key, gradient in tiny.gradients(own, label).items():
-            torch.testing.assert_close(
-                gradients[label][key], gradient, **tolerance, msg=lambda text, key=key: f"{key}: {text}"
-            )
+            same(key, gradients[label][key], gradient, name)
         own.remove(label)
     nobodys = len(members) - 1
-    torch.testing.assert_close(together[nobodys], plain[nobodys], **tolerance)
+    same("the base alone", together[nobodys], plain[nobodys], name)
+
+
+def same(what: str, found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    torch.testing.assert_close(found, expected, **TOLERANCE.get(name, EXACT), msg=lambda text: f"{what}: {text}")
