@@ -49,6 +49,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "final_logit_softcapping": 2.0,
             "attn_logit_softcapping": 3.0,
             "query_pre_attn_scalar": 5,
+            "attn_implementation": "eager",  # transformers 5.17 takes sdpa, which drops the cap
         },
     ),
     "gemma3": (

@@ -196,7 +196,7 @@ def list_models() -> list[ModelAtHand]:
         for p in PACKAGES.values()
     ]
     try:
-        repositories = hub.scan_cache_dir().repos
+        repositories = hub.scan_cache_dir(hub.constants.HF_HUB_CACHE).repos
     except hub.CacheNotFound:
         return models
     for repository in sorted(repositories, key=lambda repository: repository.repo_id):

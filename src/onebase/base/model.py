@@ -65,6 +65,11 @@ class Base:
     def _choose_layout(self) -> None:
         """Let the model's attention be flat attention where it is asked for, and find the layout that fits the model."""
         self._own_attention = self._current_attention = self.model.config._attn_implementation
+        if self._own_attention == "sdpa" and getattr(
+            self.model.config.get_text_config(), "attn_logit_softcapping", None
+        ):
+            self._own_attention = "eager"  # as later versions do: transformers 5.17 lets sdpa drop the cap
+            self._use_attention(self._own_attention)
         self._flat_attention = f"onebase-{id(self.slot)}"
         pretrained.register_attention(self._flat_attention, flat_attention_of(self.slot))
         weakref.finalize(self, pretrained.unregister_attention, self._flat_attention)
