@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from onebase.base import hub, memory
 from onebase.base.cache import Say, build_once, home, say_on_stderr
 from onebase.base.fingerprint import file_sha256
+from onebase.base.open_errors import HOW_TO_FIT, explained_open_errors, own_code
 from onebase.base.packages import PACKAGES, fetch
 from onebase.base.place import (
     ModelPlace,
@@ -35,12 +36,10 @@ from onebase.base.place import (
     weight_count,
 )
 from onebase.errors import (
-    CapacityError,
     ConfigError,
     FileFormatError,
     MissingExtraError,
     ModelError,
-    OnebaseError,
     list_problems,
 )
 
@@ -220,16 +219,16 @@ def open_pretrained(
         CapacityError: memory does not suffice.
     """
     check_model_folder(place.folder, place.name)
-    if trust_remote_code and (brought := _own_code(place.folder)):
+    if trust_remote_code and (brought := own_code(place.folder)):
         say(f"{place.name}: running Python code that comes with the model (trust_remote_code): {', '.join(brought)}")
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
-    with silence(), _explained_open_errors(place):
+    with silence(), explained_open_errors(place):
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(place.folder, **arguments)
         prequantised = getattr(config, "quantization_config", None) is not None
         if not prequantised and dtype is not None:
-            memory.check_room_for(place.name, weight_count(place.folder) * dtype.itemsize, f"{_SMALLER}.")
+            memory.check_room_for(place.name, weight_count(place.folder) * dtype.itemsize, f"{HOW_TO_FIT}.")
         model, loading = _model_class(config).from_pretrained(
             place.folder,
             config=config,
@@ -251,7 +250,7 @@ def open_tokenizer(place: ModelPlace, *, trust_remote_code: bool = False) -> tup
     """Return (tokenizer, the most tokens that the model takes), without opening its weights; see `open_pretrained`."""
     check_model_folder(place.folder, place.name)
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
-    with silence(), _explained_open_errors(place):
+    with silence(), explained_open_errors(place):
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(place.folder, **arguments)
@@ -304,50 +303,6 @@ def _check_loaded(place: ModelPlace, model: Any, loading: dict[str, Any], say: S
     if parts:
         more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
         say(f"{place.name}: a {type(model).__name__} does not use {', '.join(parts[:3])}{more}")
-
-
-@contextmanager
-def _explained_open_errors(place: ModelPlace) -> Iterator[None]:
-    """Turn what transformers and torch raise on opening into our errors."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except MemoryError as error:
-        raise CapacityError(f"{place.name}: does not fit into memory. {_SMALLER}") from error
-    except SafetensorError as error:
-        raise FileFormatError(
-            f"{place.folder}: a weight file is damaged ({error}). Copy or download it again."
-        ) from error
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{place.name}: opening it needs a package that is not here: {first_line(error)}"
-        ) from error
-    except OnebaseError:
-        raise
-    except Exception as error:  # configurations are checked by whatever first trips over them
-        text = str(error)
-        if "out of memory" in text or "can't allocate memory" in text:
-            raise CapacityError(f"{place.name}: does not fit into memory ({first_line(error)}). {_SMALLER}") from error
-        if "trust_remote_code" in text:
-            raise ModelError(
-                f"{place.name}: needs Python code that comes with it ({', '.join(_own_code(place.folder)) or place.folder}). "
-                "Read it; if you trust it, set trust_remote_code: true, or --trust-remote-code on the command line."
-            ) from error
-        raise ModelError(f"{place.name}: transformers cannot open {place.folder}: {first_line(error)}") from error
-
-
-_SMALLER = "Free some, choose a smaller model, or set dtype: bfloat16"
-
-
-def _own_code(folder: Path) -> list[str]:
-    """Return the classes that a model brings as code of its own (`auto_map` in its files)."""
-    brought: set[str] = set()
-    for name in ("config.json", "tokenizer_config.json"):
-        mapped = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
-        for value in mapped.values() if isinstance(mapped, dict) else []:
-            brought.update(part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str))
-    return sorted(brought)
 
 
 # ----------------------------------------------------------------------------------- what else is needed of transformers
