@@ -12,11 +12,34 @@ from typing import TYPE_CHECKING, Any
 from onebase.ops.bits import ask_for_batch_invariance
 
 if TYPE_CHECKING:
-    from onebase.api import Adapter, Bank, Base, Job, Lora, Result, Scores, evaluate, load, model_path, train
+    from onebase.api import (
+        Adapter,
+        AdapterSettings,
+        Bank,
+        Base,
+        BitFit,
+        Bottleneck,
+        Full,
+        Ia3,
+        Job,
+        LnTuning,
+        Lora,
+        PrefixTuning,
+        PromptTuning,
+        Result,
+        Scores,
+        evaluate,
+        load,
+        model_path,
+        train,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["Adapter", "Bank", "Base", "Job", "Lora", "Result", "Scores", "evaluate", "load", "model_path", "train"]
+__all__ = [
+    "Adapter", "AdapterSettings", "Bank", "Base", "BitFit", "Bottleneck", "Full", "Ia3", "Job", "LnTuning", "Lora",
+    "PrefixTuning", "PromptTuning", "Result", "Scores", "evaluate", "load", "model_path", "train",
+]  # fmt: skip
 
 ask_for_batch_invariance()
 

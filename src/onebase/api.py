@@ -19,7 +19,17 @@ from onebase.adapters.bank import Bank as RoutedBank
 from onebase.base import pretrained
 from onebase.base.device import use_threads
 from onebase.base.model import Base, load
-from onebase.config.methods import Lora
+from onebase.config.methods import (
+    AdapterSettings,
+    BitFit,
+    Bottleneck,
+    Full,
+    Ia3,
+    LnTuning,
+    Lora,
+    PrefixTuning,
+    PromptTuning,
+)
 from onebase.config.settings import DataSettings, TrainSettings
 from onebase.errors import ConfigError
 from onebase.files.peft_format import read_adapter
@@ -31,7 +41,10 @@ from onebase.train.data import load_rows
 from onebase.train.progress import Progress, Quiet
 from onebase.train.stop import StopRequest
 
-__all__ = ["Adapter", "Bank", "Base", "Job", "Lora", "Result", "Scores", "evaluate", "load", "model_path", "train"]
+__all__ = [
+    "Adapter", "AdapterSettings", "Bank", "Base", "BitFit", "Bottleneck", "Full", "Ia3", "Job", "LnTuning", "Lora",
+    "PrefixTuning", "PromptTuning", "Result", "Scores", "evaluate", "load", "model_path", "train",
+]  # fmt: skip
 
 Rows = str | Path | Sequence[Mapping[str, Any]]
 _EVALUATE = ("eval_every", "early_stopping_patience", "keep_best")
@@ -50,7 +63,7 @@ class Bank:
         """The adapters by name."""
         return self.routed.adapters
 
-    def add(self, name: str, settings: Lora | None = None, *, seed: int = 0) -> Adapter:
+    def add(self, name: str, settings: AdapterSettings | None = None, *, seed: int = 0) -> Adapter:
         """Put a new adapter on the base; without settings it is LoRA with its defaults.
 
         Raises:

@@ -15,6 +15,7 @@ from onebase.adapters.matching import for_path
 from onebase.config.methods import Lora
 from onebase.errors import CapacityError, FileFormatError
 from onebase.files import tensor_file
+from onebase.files.method_format import Placement
 from onebase.files.peft_config import read_config, stored_targets, targets_of
 from onebase.files.peft_format import find_adapter, read_adapter, write_adapter
 from onebase.files.target_names import name_targets
@@ -88,7 +89,7 @@ def test_an_adapter_that_we_wrote_is_opened_by_peft_with_its_tensors_and_scaling
     model = tiny_llama()
     paths = {name.rsplit(".", 2)[0] for name in tensors}
     targets = name_targets(paths, [name for name, _ in model.named_modules()], targets_of(ours))
-    write_adapter(tmp_path / "a", ours, tensors, targets=targets, base_path="tiny", record=record())
+    write_adapter(tmp_path / "a", ours, tensors, placement=placed(targets, paths), base_path="tiny", record=record())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys
         opened = PeftModel.from_pretrained(model, tmp_path / "a")
@@ -108,16 +109,27 @@ def test_an_adapter_of_ours_that_peft_saved_again_reads_the_same(tmp_path, setti
     first = read_adapter(tmp_path / "peft")
     model = tiny_llama()
     targets = name_targets(first.module_paths, [name for name, _ in model.named_modules()], targets_of(first.settings))
-    write_adapter(tmp_path / "a", first.settings, first.tensors, targets=targets, base_path="tiny", record=record())
+    write_adapter(
+        tmp_path / "a",
+        first.settings,
+        first.tensors,
+        placement=placed(targets, first.module_paths),
+        base_path="tiny",
+        record=record(),
+    )
     PeftModel.from_pretrained(model, tmp_path / "a").save_pretrained(tmp_path / "again")
     again = read_adapter(tmp_path / "again")
     assert same(again.tensors, first.tensors)
     assert scalings(again.settings, again.module_paths) == scalings(first.settings, first.module_paths)
 
 
+def placed(targets=TARGETS, paths=PATHS):
+    return Placement(targets, tuple(sorted(paths)))
+
+
 def write(folder, tensors=None, *, settings=None, **changes):
     chosen = settings or Lora(r=4, target_modules=["q_proj", "v_proj"])
-    write_adapter(folder, chosen, tensors or pairs(), targets=TARGETS, base_path="tiny", record=record(**changes))
+    write_adapter(folder, chosen, tensors or pairs(), placement=placed(), base_path="tiny", record=record(**changes))
     return folder
 
 
@@ -143,7 +155,7 @@ def test_written_read_and_written_again_is_byte_identical(tmp_path):
         tmp_path / "b",
         stored.settings,
         stored.tensors,
-        targets=stored_targets(stored.config),
+        placement=placed(stored_targets(stored.config)),
         base_path=stored.config["base_model_name_or_path"],
         record=stored.record,
     )
@@ -184,7 +196,9 @@ def test_files_that_the_caller_adds_appear_with_the_adapter_or_not_at_all(tmp_pa
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CapacityError):
-        write_adapter(tmp_path / "a", Lora(r=4), pairs(), targets=TARGETS, base_path="tiny", record=record(), fill=fill)
+        write_adapter(
+            tmp_path / "a", Lora(r=4), pairs(), placement=placed(), base_path="tiny", record=record(), fill=fill
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,11 +220,6 @@ def test_a_folder_without_an_adapter_says_what_to_do(tmp_path):
 
 
 REFUSED = {
-    "use_dora": True,
-    "bias": "lora_only",
-    "modules_to_save": ["lm_head"],
-    "target_parameters": ["experts.down_proj"],
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [1],
     "lora_bias": True,
     "layer_replication": [[0, 2], [1, 3]],
@@ -221,7 +230,6 @@ REFUSED = {
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"nblocks": 2},
     "monteclora_config": {"num_samples": 2},
-    "ensure_weight_tying": True,
 }
 
 
@@ -249,11 +257,10 @@ def test_every_field_that_peft_knows_is_handled_by_name(tmp_path):
     LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     content = json.loads(path.read_text())
-    unused = ("velora_config",)  # changes how it is trained, not what it computes
-    for name in content.keys() - set(unused):
+    for name in content:
         path.write_text(json.dumps({**content, name: content[name] or {"odd": "value"}}))
         try:
-            _, notes = read_config(tmp_path)
+            _, _, notes = read_config(tmp_path)
         except FileFormatError as error:
             notes = [str(error)]
         assert not [note for note in notes if "not known to onebase" in note], name
@@ -269,7 +276,7 @@ def test_a_field_nobody_knows_is_mentioned_when_it_holds_something_and_kept(tmp_
 
 
 def test_all_faults_of_a_config_are_told_at_once(tmp_path):
-    edit(write(tmp_path / "a"), r=0, lora_alpha="32", rank_pattern={"q": 1.5}, use_dora=True, use_rslora=1)
+    edit(write(tmp_path / "a"), r=0, lora_alpha="32", rank_pattern={"q": 1.5}, use_dora="x", use_rslora=1)
     with pytest.raises(FileFormatError, match="5 problems in") as error:
         read_adapter(tmp_path / "a")
     for part in ("r: must be a whole number from 1, got 0", "lora_alpha", "rank_pattern", "use_dora", "use_rslora"):
@@ -282,10 +289,10 @@ def test_a_config_without_what_it_needs_is_refused(tmp_path):
         read_adapter(tmp_path / "a")
 
 
-@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "unheard of", None, 3])
+@pytest.mark.parametrize("kind", ["ADALORA", "unheard of", None, 3, ["LORA"]])
 def test_another_method_is_refused_with_those_that_are_read(tmp_path, kind):
     edit(write(tmp_path / "a"), peft_type=kind)
-    with pytest.raises(FileFormatError, match=r"peft_type must be one that onebase reads \(LORA\), got"):
+    with pytest.raises(FileFormatError, match=r"peft_type must be one that onebase reads \(LORA, IA3, .*\), got"):
         read_adapter(tmp_path / "a")
 
 
@@ -375,19 +382,57 @@ def test_tensors_that_are_no_pairs_of_finite_weights_are_neither_read_nor_writte
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("model.embed_tokens.lora_embedding_A", "LoRA on an embedding"),
-        (f"{PATHS[0]}.lora_magnitude_vector", "DoRA"),
-        (f"{PATHS[0]}.lora_B.bias", "bias"),
-        ("model.embed_tokens.weight", "whole embedding"),
-        ("model.norm.weight", "neither lora_A nor lora_B"),
+        ("model.embed_tokens.lora_embedding_A", "lora_B is missing beside lora_A"),
+        (f"{PATHS[0]}.lora_magnitude_vector", "DoRA's magnitudes, but use_dora is None"),
+        (f"{PATHS[0]}.lora_B.bias", "no tensor of LoRA as LORA has them"),
+        (f"{PATHS[0]}.base_layer.bias", "a trained bias, but bias is None"),
+        (f"{PATHS[0]}.bias", "no tensor of LoRA"),
+        (f"{PATHS[0]}.ia3_l", "no tensor of LoRA"),
+        ("prompt_embeddings", "no tensor of LoRA"),
+        ("wte.token_adapter.trainable_tokens_delta", "rows of an embedding, but trainable_token_indices is None"),
     ],
 )
-def test_tensors_beside_the_pairs_are_refused_by_name(tmp_path, key, words):
+def test_tensors_beside_the_pairs_that_the_config_does_not_speak_of_are_refused_by_name(tmp_path, key, words):
     folder = write(tmp_path / "a")
+    edit(folder, use_dora=..., bias=..., trainable_token_indices=...)
     put_tensors(folder, {**pairs(), key: torch.ones(2, 2)})
     with pytest.raises(FileFormatError, match=words) as error:
         read_adapter(folder)
-    assert f"base_model.model.{key}" in str(error.value)
+    assert key.split(".lora_embedding")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"trainable_token_indices": [1]}, "trainable_tokens_delta is missing"),
+        ({"modules_to_save": ["score"]}, r"no tensor of modules_to_save, \['score'\]"),
+    ],
+)
+def test_what_the_config_speaks_of_and_the_file_has_not_is_told(tmp_path, changes, words):
+    edit(write(tmp_path / "a"), **changes)
+    with pytest.raises(FileFormatError, match=words):
+        read_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.base_layer.weight", "model.norm.weight"])
+def test_weights_of_the_base_beside_an_adapter_are_kept_apart_to_be_compared(tmp_path, key):
+    folder = write(tmp_path / "a")
+    put_tensors(folder, {**pairs(), key: torch.ones(2, 2)})
+    stored = read_adapter(folder)
+    assert same(stored.tensors, pairs())
+    assert same(stored.base_copies, {key.replace(".base_layer", ""): torch.ones(2, 2)})
+
+
+def test_modules_to_save_are_found_by_the_bare_end_of_their_path_as_peft_does(tmp_path):
+    folder = write(tmp_path / "a")
+    edit(folder, modules_to_save=["norm", "score"])
+    heads = {"model.layers.0.input_layernorm.weight": torch.ones(3), "score.dense.bias": torch.ones(2)}
+    put_tensors(folder, {**pairs(), **heads})
+    stored = read_adapter(folder)
+    assert isinstance(stored.settings, Lora)
+    assert stored.settings.modules_to_save == ["model.layers.0.input_layernorm", "score"]
+    assert same(stored.tensors, dict(sorted({**pairs(), **heads}.items())))
 
 
 def test_a_full_disk_while_tensors_are_written_leaves_the_old_adapter(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ the frozen module itself back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,10 +121,11 @@ class Bank:
         """Put a new adapter on the base and return it; with `tensors`, one that was trained before.
 
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken, or is none that a folder may have.
             TargetError: the settings name a module that is not there, or none.
             FileFormatError: `tensors` are not those of this adapter on this base.
         """
+        _check_name(name)
         if name in self._adapters:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
         built = build(self.places, settings, seed)
@@ -261,6 +263,15 @@ class Bank:
             _set_module(self.base.model, path, layer)
             self._layers[path] = layer
         return self._layers[path]
+
+
+def _check_name(name: object) -> None:
+    """Raise if a name could not be a folder's: an adapter's name becomes one, and must lead nowhere else."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.@+-]{0,99}", name):
+        raise ConfigError(
+            "an adapter's name must begin with a letter, digit or underscore and hold nothing but those and '.', '-', "
+            f"'+', '@', at most 100 of them, got {name!r}."
+        )
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 
 from onebase.config.method import Method
 from onebase.config.section import Means, given, show
-from onebase.config.targeting import Patterns, Targeted
+from onebase.config.targeting import PatternsOrNone, Targeted
 from onebase.errors import Problem
 
 Rank = Annotated[int, Field(ge=1, le=2**16)]
@@ -39,10 +39,10 @@ class Lora(Targeted):
     default_learning_rate: ClassVar[float] = 1e-3
 
     method: Literal["lora"] = Field(default="lora", description="The adapter method.")
-    target_modules: Patterns = Field(
+    target_modules: PatternsOrNone = Field(
         default="all-linear",
         description="The modules that get an update: a preset (all-linear, attention, mlp), a list of names or "
-        "suffixes, or a regular expression for the whole path.",
+        "suffixes, or a regular expression for the whole path; [] where only target_parameters are adapted.",
     )
     r: Rank = Field(default=16, description="The rank of the update: rows of lora_A, columns of lora_B.")
     lora_alpha: Alpha = Field(default=32, description="The update is scaled by lora_alpha / r, whatever the rank.")
@@ -83,6 +83,16 @@ class Lora(Targeted):
         default=None, gt=0, description="LoRA+: lora_B learns at this multiple of the rate (arXiv:2402.12354)."
     )
 
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[Problem]:
+        """Yield what is wrong between settings that are fine one by one."""
+        yield from super().conflicts(values)
+        if values.get("target_modules") == [] and not given(values, "target_parameters"):
+            yield Problem(
+                ("target_modules",),
+                "must name at least one module, got []. Write all-linear for every linear layer.",
+            )
+
 
 class Ia3(Targeted):
     """IA3: a target's output, or a feed-forward target's input, is scaled number by number (arXiv:2205.05638)."""
@@ -91,9 +101,9 @@ class Ia3(Targeted):
     default_learning_rate: ClassVar[float] = 1e-2
 
     method: Literal["ia3"] = Field(default="ia3", description="The adapter method.")
-    feedforward_modules: Patterns | None = Field(
+    feedforward_modules: PatternsOrNone | None = Field(
         default=None,
-        description="The targets whose input is scaled, as in target_modules. Default: those of the MLP.",
+        description="The targets whose input is scaled, as in target_modules; [] for none. Default: those of the MLP.",
     )
     init_ia3_weights: bool = Field(
         default=True, description="True: ones, so that nothing changes at first. False: random (for tests)."

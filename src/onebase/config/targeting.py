@@ -39,7 +39,13 @@ def in_preset(role: str, preset: str) -> bool:
     return preset == "all-linear" or role == preset
 
 
+def _patterns_or_none(value: str | list[str]) -> str | list[str]:
+    return value if value == [] else _patterns(value) or value
+
+
 Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
+PatternsOrNone = Annotated[str | list[str], AfterValidator(_patterns_or_none)]
+"""Patterns, or [] for no module at all."""
 Block = Annotated[int, Field(ge=0)]
 
 

@@ -14,6 +14,7 @@ import yaml
 from onebase.base.packages import PACKAGES
 
 CARD_NAME = "README.md"
+_OURS_ALONE = ("bitfit", "bottleneck", "full")  # methods that PEFT has no format for
 _PIPELINES = {"chat": "text-generation", "text": "text-generation"}  # onebase's task: the hub's pipeline
 
 
@@ -37,6 +38,7 @@ class CardFacts:
     base_revision: str | None = None
     base_fingerprint: str | None = None
     method: str = "lora"
+    title: str = "LoRA"
     task: str = "chat"
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: Sequence[DataFacts] = ()
@@ -72,7 +74,7 @@ def _front_matter(facts: CardFacts) -> str:
     base = package.hub_id if package else public_name(facts.base)  # what the hub can link to
     content = {
         "base_model": base,
-        "library_name": "peft",
+        "library_name": "onebase" if facts.method in _OURS_ALONE else "peft",
         "pipeline_tag": _PIPELINES[facts.task],
         "tags": [f"base_model:adapter:{base}", facts.method, "onebase", "transformers"],
     }
@@ -82,7 +84,7 @@ def _front_matter(facts: CardFacts) -> str:
 def _opening(facts: CardFacts) -> str:
     share = facts.trainable_parameters / facts.total_parameters
     lines = [
-        f"A {facts.method} adapter for `{public_name(facts.base)}`, trained with onebase {facts.onebase_version}.",
+        f"An adapter ({facts.title}) for `{public_name(facts.base)}`, trained with onebase {facts.onebase_version}.",
         "",
         f"- Trained parameters: {facts.trainable_parameters:,} of {facts.total_parameters:,} ({share:.2%})",
     ]
@@ -145,6 +147,20 @@ def _how_to_load(facts: CardFacts) -> str:
     opening = f'from_pretrained("{base}")  # a name on the hub, or its folder'
     if facts.base in PACKAGES:  # a name of onebase's own, which transformers does not know
         opening = f'from_pretrained(onebase.model_path("{base}"))'
+    with_peft = [
+        "",
+        "With peft:",
+        "",
+        "```python",
+        *(["import onebase"] if facts.base in PACKAGES else []),
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"base = AutoModelForCausalLM.{opening}",
+        'model = PeftModel.from_pretrained(base, "ADAPTER")',
+        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
+        "```",
+    ]
     return "\n".join(
         [
             "## Use",
@@ -154,17 +170,6 @@ def _how_to_load(facts: CardFacts) -> str:
             "```",
             "onebase chat ADAPTER",
             "```",
-            "",
-            "With peft:",
-            "",
-            "```python",
-            *(["import onebase"] if facts.base in PACKAGES else []),
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"base = AutoModelForCausalLM.{opening}",
-            'model = PeftModel.from_pretrained(base, "ADAPTER")',
-            'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
-            "```",
+            *(["", "Other tools do not know this method."] if facts.method in _OURS_ALONE else with_peft),
         ]
     )

@@ -73,6 +73,29 @@ def name_targets(chosen: Iterable[str], module_names: Iterable[str], wanted: Tar
     return next(exact, listed)
 
 
+def name_endings(chosen: Iterable[str], module_names: Iterable[str]) -> tuple[str, ...]:
+    """Return the shortest names of modules by the bare ends of their paths, as PEFT reads modules_to_save.
+
+    "norm" would mean "input_layernorm" too, so a name is only as short as it means the chosen modules alone.
+    """
+    everything, picked = set(module_names), set(chosen)
+    last_names = tuple(sorted({name.rpartition(".")[2] for name in picked}))
+    exact = {name for name in everything if name.endswith(last_names)} == picked if picked else True
+    return last_names if exact else tuple(sorted(picked))
+
+
+def name_feedforward(targets: TargetNames, paths: Iterable[str], feedforward: Collection[str]) -> Names:
+    """Return IA3's feed-forward targets as PEFT finds them among `paths`: a part of the target names, or an expression."""
+    names = targets.target_modules
+    if not feedforward:
+        return ()
+    if not isinstance(names, str):
+        part = tuple(name for name in names if any(path.endswith(name) for path in feedforward))
+        if all(path.endswith(part) == (path in feedforward) for path in paths):
+            return part
+    return "|".join(re.escape(name) for name in sorted(feedforward))
+
+
 def order_free_patterns(patterns: Mapping[str, Value], names: Iterable[str]) -> dict[str, Value]:
     """Return sorted patterns that mean the same on `names`: the first match counts, and PEFT sorts what it saves.
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from onebase.adapters.bank import Adapter, Bank
 from onebase.base.model import Base, load
 from onebase.errors import FileFormatError, ModelError
@@ -72,6 +74,7 @@ def check_base(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool) 
     Raises:
         FileFormatError: the fingerprints differ, unless `allow_base_mismatch`.
     """
+    _check_copies(base, stored)
     record = stored.record
     if record is None or record.base_fingerprint in (None, base.fingerprint) or allow_base_mismatch:
         return
@@ -80,6 +83,28 @@ def check_base(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool) 
         f"but {base.name} has weights {base.fingerprint[:12]}. Open it on its own base (--model), or pass "
         "--allow-base-mismatch if the difference is meant."
     )
+
+
+def _check_copies(base: Base, stored: StoredAdapter) -> None:
+    """Raise if a weight of the base that PEFT saved with the adapter is not the base's: a part of what was learned.
+
+    Raises:
+        FileFormatError: a copy that differs.
+    """
+    for name, copy in stored.base_copies.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            own = getattr(base.model.get_submodule(path), leaf)
+        except AttributeError:
+            own = None
+        if own is not None and own.shape == copy.shape and torch.equal(own.detach().cpu(), copy.to(own.dtype)):
+            continue
+        there = "has none" if own is None else f"has other numbers, {tuple(own.shape)}"
+        raise FileFormatError(
+            f"{stored.folder}: the file holds {name} {tuple(copy.shape)} beside the adapter, as peft saves an "
+            f"embedding that was resized or trained; the base {there}. Open the adapter on the model with that "
+            "embedding, or train it with modules_to_save or trainable_token_indices."
+        )
 
 
 def base_name(stored: StoredAdapter) -> str:

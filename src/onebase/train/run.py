@@ -17,7 +17,8 @@ import torch
 
 import onebase
 from onebase.adapters.bank import Adapter, Bank
-from onebase.adapters.lora import LoraPart, rank_and_alpha, scaling_of
+from onebase.adapters.lora import rank_and_alpha, scaling_of
+from onebase.adapters.part import LowRankPart
 from onebase.base import memory
 from onebase.base.device import use_threads
 from onebase.base.model import load
@@ -38,7 +39,7 @@ from onebase.train.capacity import fit_budget
 from onebase.train.data import load_data
 from onebase.train.loop import Loop, restore_best_
 from onebase.train.member import Member
-from onebase.train.opening import ADAPTER
+from onebase.train.opening import ADAPTER, check_base
 from onebase.train.progress import Plan, Progress, Quiet
 from onebase.train.saving import save_run_adapter
 from onebase.train.schedule import never_due
@@ -138,9 +139,15 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
                 f"{stored.record.base_fingerprint[:12]}, but {bank.base.name} has weights {bank.base.fingerprint[:12]}. "
                 "Set model to its own base, or start without it."
             )
+        if type(stored.settings) is not type(settings.adapter):
+            raise ConfigError(
+                f"adapter.init_from: {source} is an adapter of {stored.settings.method}, these settings are of "
+                f"{settings.adapter.method}. Set adapter.method: {stored.settings.method}, or start without it."
+            )
+        check_base(bank.base, stored, allow_base_mismatch=True)
         tensors = stored.tensors
     adapter = bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
-    if source is not None:
+    if source is not None and isinstance(stored.settings, Lora):
         _check_same_scaling(adapter, stored.settings, source)
     return adapter
 
@@ -148,7 +155,7 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
 def _check_same_scaling(adapter: Adapter, stored: Lora, source: Path) -> None:
     """Raise if the weights of a warm start were trained under another scaling: they would be another function here."""
     for part in adapter.parts:
-        if not isinstance(part, LoraPart):
+        if not isinstance(part, LowRankPart):
             continue
         path, trained_under = part.path, scaling_of(*rank_and_alpha(stored, part.path), stored.use_rslora)
         if part.scaling != trained_under:

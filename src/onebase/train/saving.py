@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onebase
 from onebase.adapters.bank import Adapter
+from onebase.adapters.matching import matches
 from onebase.base.model import Base
 from onebase.config.methods import Lora
 from onebase.config.settings import INSTEAD_OF, DataSettings, Settings
 from onebase.data.examples import read_template
 from onebase.files.atomic import write_synced
+from onebase.files.method_format import Placement
 from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, model_card
 from onebase.files.peft_config import targets_of
 from onebase.files.peft_format import TENSORS_NAME, write_adapter
 from onebase.files.record import AdapterRecord
-from onebase.files.target_names import name_targets
+from onebase.files.target_names import name_endings, name_feedforward, name_targets
 from onebase.train.data import Prepared, TrainingData
 from onebase.train.member import Member
 
@@ -51,19 +54,18 @@ def write(
 
     `reading` is how its rows were read (`reading_of`), so that whoever asks it later asks as in training.
     """
-    names = [name for name, _ in base.model.named_modules()]
-    assert isinstance(adapter.settings, Lora), "the only method that the bank builds so far"
     write_adapter(
         folder,
         adapter.settings,
         {name: tensor.cpu() for name, tensor in adapter.state.items()},
-        targets=name_targets(adapter.target_paths, module_paths(names), targets_of(adapter.settings)),
+        placement=placement_of(base, adapter),
         base_path=str(base.folder or base.name),
         record=AdapterRecord(
             base=base.name,
             base_fingerprint=base.fingerprint,
             base_revision=revision,
             dtype=str(base.dtype).removeprefix("torch."),
+            method=adapter.settings.method,
             task=task,
             seed=adapter.seed,
             extras={"data": dict(reading)} if reading else {},
@@ -77,6 +79,27 @@ def reading_of(settings: DataSettings) -> dict[str, Any]:
     """Return the data settings that decide how a row becomes tokens, where they are not the defaults; no paths."""
     kept = {"columns", "labels", "max_length", "system"}
     return settings.model_dump(include=kept, exclude_defaults=True, exclude_none=True)
+
+
+def placement_of(base: Base, adapter: Adapter) -> Placement:
+    """Return where an adapter is on its base, in the words of adapter_config.json."""
+    settings, paths = adapter.settings, adapter.target_paths
+    names = module_paths([name for name, _ in base.model.named_modules()])
+    wanted = targets_of(settings)
+    if not isinstance(settings, Lora):  # the others' formats have no layers
+        wanted = replace(wanted, layers_to_transform=None, layers_pattern=None)
+    targets = name_targets(paths, names, wanted)
+    feedforward = {part.path for part in adapter.parts if getattr(part, "feedforward", False)}
+    kept = getattr(settings, "modules_to_save", None) or ()
+    saved = [part.path for part in adapter.parts if any(matches(name, part.path) for name in kept)]
+    frozen = [base.model.get_submodule(path) for path in paths]
+    return Placement(
+        targets,
+        paths,
+        name_endings(saved, names),
+        name_feedforward(targets, paths, feedforward),
+        any(type(getattr(module, "base_layer", module)).__name__ == "Conv1D" for module in frozen),
+    )
 
 
 def module_paths(names: list[str]) -> list[str]:
@@ -108,6 +131,8 @@ def _facts(folder: Path, base: Base, member: Member, settings: Settings, data: T
         base=base.name,
         base_revision=settings.revision,
         base_fingerprint=base.fingerprint,
+        method=settings.adapter.method,
+        title=settings.adapter.title,
         task=settings.task,
         settings=_worth_showing(settings),
         data=[*_data_facts("train", data.train), *([] if data.valid is None else _data_facts("valid", data.valid))],
