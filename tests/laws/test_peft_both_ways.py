@@ -1,0 +1,167 @@
+"""Every method that PEFT has, through files: what PEFT saved computes the same here, and what we saved the same there."""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from onebase.adapters.bank import Bank
+from onebase.config.methods import Ia3, Lora, PromptTuning
+from onebase.files.peft_format import read_adapter
+from onebase.measure.forward import batches_of
+from onebase.ops.segments import Segments
+from onebase.train import opening, saving
+from tests import tiny
+
+PREFIX = "base_model.model."
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
+BIASED = {"attention_bias": True}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter as both know it: our settings, PEFT's configuration, and the model that it is on."""
+
+    ours: Any
+    theirs: Any
+    architecture: str = "llama"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def lora(ours: dict[str, Any] | None = None, theirs: dict[str, Any] | None = None, **both: Any) -> tuple[Any, Any]:
+    """Return our settings and PEFT's configuration of one LoRA; `ours` and `theirs` are what only one of them takes."""
+    both = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **both}
+    return Lora(**both, **(ours or {})), peft.LoraConfig(task_type="CAUSAL_LM", **both, **(theirs or {}))
+
+
+CASES: dict[str, Case] = {
+    "lora": Case(*lora()),
+    "rslora, ranks and alphas by pattern": Case(
+        *lora(use_rslora=True, rank_pattern={"down_proj": 2}, alpha_pattern={r"layers\.0\..*": 3})
+    ),
+    "lora on all linear layers": Case(*lora(target_modules="all-linear")),
+    "lora on some layers": Case(*lora(layers_to_transform=[1])),
+    "lora on the head": Case(*lora(target_modules=["lm_head", "v_proj"])),
+    "dora": Case(*lora(use_dora=True)),
+    "dora with rslora and biases": Case(*lora(use_dora=True, use_rslora=True, bias="all"), changes=BIASED),
+    "all biases": Case(*lora(bias="all"), changes=BIASED),
+    "targets' biases": Case(*lora(bias="lora_only"), changes=BIASED),
+    "ia3": Case(Ia3(), peft.IA3Config(task_type="CAUSAL_LM")),
+    "ia3 on outputs alone": Case(
+        Ia3(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
+        peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
+    ),
+    "ia3 on some blocks": Case(
+        Ia3(target_modules=["k_proj", "down_proj"], layers_to_transform=[1]),
+        peft.IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=r".*layers\.1\..*(k_proj|down_proj)",
+            feedforward_modules=r".*down_proj",
+        ),
+    ),
+    "prompt tuning": Case(
+        PromptTuning(num_virtual_tokens=5), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    ),
+}
+
+
+def trained(model: Any, config: Any) -> Any:
+    """Return PEFT's model with an adapter whose tensors are all away from their start."""
+    wrapped = peft.get_peft_model(model, config)
+    draws = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draws))
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def our_logits(bank: Bank, name: str) -> list[torch.Tensor]:
+    """Return the logits of every example's tokens, all examples in one flat batch."""
+    examples = tiny.examples_of(9, 21, 4)
+    batches = list(batches_of(bank, name, examples, range(len(examples)), 10_000))
+    [batch] = batches
+    rows = torch.tensor([i for i, token in enumerate(batch.token_ids.tolist()) if token < tiny.VOCABULARY])
+    hidden = bank.base.hidden(batch.token_ids, bank.route(batch.layout))[rows]
+    logits = bank.head.logits(hidden, Segments.of([len(hidden)], [bank._number(name)]))
+    return list(logits.split(examples.lengths.tolist()))
+
+
+@torch.no_grad()
+def their_logits(wrapped: Any) -> list[torch.Tensor]:
+    """Return PEFT's logits for the same tokens, each example alone."""
+    found = []
+    for example in tiny.examples_of(9, 21, 4):
+        ids = torch.from_numpy(example.token_ids.astype("int64"))[None]
+        logits = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        found.append(logits[-ids.shape[1] :])
+    return found
+
+
+def assert_same_logits(bank: Bank, name: str, wrapped: Any) -> None:
+    for found, expected in zip(our_logits(bank, name), their_logits(wrapped), strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def our_bank(case: Case) -> Bank:
+    """Return a bank on the case's model that holds another adapter already."""
+    bank = Bank(tiny.base_of(case.architecture, **case.changes))
+    tiny.fill_(bank.add("another", case.ours, seed=8))
+    return bank
+
+
+def plain_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture(params=CASES, ids=[name.replace(" ", "-") for name in CASES])
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def test_what_peft_saved_computes_the_same_here(case: Case, tmp_path: Path) -> None:
+    wrapped = trained(tiny.model_of(case.architecture, **case.changes), case.theirs)
+    wrapped.save_pretrained(tmp_path)
+    stored = read_adapter(tmp_path)
+    bank = our_bank(case)
+    opening.check_base(bank.base, stored, allow_base_mismatch=False)
+    adapter = bank.add("one", stored.settings, tensors=stored.tensors)
+    in_file = plain_keys(load_file(tmp_path / "adapter_model.safetensors"))
+    learned = {name: tensor for name, tensor in in_file.items() if name not in stored.base_copies}
+    assert adapter.state.keys() == {n for n in learned if n.replace(".base_layer.", ".") not in stored.base_copies}
+    assert all(torch.equal(tensor, in_file[name]) for name, tensor in adapter.state.items())
+    assert_same_logits(bank, "one", wrapped)
+
+
+def test_what_we_saved_computes_the_same_there(case: Case, tmp_path: Path) -> None:
+    bank = our_bank(case)
+    adapter = tiny.fill_(bank.add("one", case.ours, seed=2)) or bank.adapters["one"]
+    saving.write(tmp_path / "a", bank.base, adapter, task="chat")
+    model = tiny.model_of(case.architecture, **case.changes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|fan_in_fan_out).*")
+        wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "a").eval()
+    in_file = plain_keys(load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    theirs = plain_keys(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    assert theirs.keys() == in_file.keys()
+    assert all(torch.equal(tensor, in_file[name]) for name, tensor in theirs.items())
+    assert_same_logits(bank, "one", wrapped)
+
+
+def test_what_we_saved_is_what_we_read(case: Case, tmp_path: Path) -> None:
+    bank = our_bank(case)
+    adapter = tiny.fill_(bank.add("one", case.ours, seed=2)) or bank.adapters["one"]
+    saving.write(tmp_path / "a", bank.base, adapter, task="chat")
+    stored = read_adapter(tmp_path / "a")
+    again = bank.add("again", stored.settings, tensors=stored.tensors)
+    assert again.state.keys() == adapter.state.keys()
+    assert [t.tolist() for t in our_logits(bank, "again")] == [t.tolist() for t in our_logits(bank, "one")]
+    assert not stored.notes or "prefix_projection" in stored.notes[0]
