@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from onebase.adapters.bank import Bank
-from onebase.config.methods import PromptTuning
+from onebase.config.methods import PrefixTuning, PromptTuning
 from onebase.config.settings import TrainSettings
 from onebase.train.member import Member
 from tests import tiny
 
 METHODS: dict[str, Any] = {
     "prompt": PromptTuning(num_virtual_tokens=4, prompt_tuning_init="RANDOM"),
+    "prefix": PrefixTuning(num_virtual_tokens=4),
+    "projected": PrefixTuning(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
 }
 
 

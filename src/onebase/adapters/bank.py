@@ -15,17 +15,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from onebase.adapters.build import build
+from onebase.adapters.build import build, settings_of
 from onebase.adapters.layer import AdaptedLayer, path_key
-from onebase.adapters.part import Part, PartWithConstants
+from onebase.adapters.part import FilePart, MemoryPart, Part, PartWithConstants
 from onebase.adapters.places import Places
 from onebase.base.model import Base, padded_rows, padded_segments
 from onebase.base.route import Route, RowSpace
 from onebase.config.methods import AdapterSettings
 from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.ops.keyed import mix_rows
-from onebase.ops.layout import Layout
+from onebase.ops.layout import NO_PARENT, Layout
 from onebase.ops.loss import HeadRecord
+from onebase.ops.memory import Memory
 from onebase.ops.segments import NO_OWNER, Segments
 
 
@@ -69,6 +70,14 @@ class Adapter:
             if isinstance(part, PartWithConstants)
             for name, tensor in part.constants()
         }
+
+    @property
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The tensors that a file of this adapter holds, by name: its state, or what a part says instead."""
+        files = [part for part in self.parts if isinstance(part, FilePart)]
+        inside = {name for part in files for name, _ in part.parameters()}
+        rest = {name: tensor for name, tensor in self.state.items() if name not in inside}
+        return rest | {name: tensor for part in files for name, tensor in part.file_tensors()}
 
     @torch.no_grad()
     def load_state_(self, tensors: Mapping[str, Tensor]) -> None:
@@ -128,8 +137,9 @@ class Bank:
         _check_name(name)
         if name in self._adapters:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
+        settings, notes = settings_of(settings, tensors)
         built = build(self.places, settings, seed)
-        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)
+        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, (*notes, *built.warnings), built.virtual_tokens)
         if tensors is not None:
             adapter.load_state_(tensors)
         number = self._free_number()
@@ -194,7 +204,28 @@ class Bank:
             RowSpace.EXAMPLE: example,
             RowSpace.BATCH: example,
         }
-        return Route(layout=layout, rows=rows, row_keys=keys)
+        return Route(layout=layout, rows=rows, row_keys=keys, memories=self._memories(layout))
+
+    def _memories(self, layout: Layout) -> tuple[Memory, ...]:
+        """Return the learned keys and values of the adapters in a layout, for the rows of their virtual tokens.
+
+        Raises:
+            ValueError: a sequence does not begin with the virtual tokens of its adapter.
+        """
+        places: dict[str, list[tuple[int, int]]] = {}
+        for start, node in zip(layout.starts, layout.nodes, strict=True):
+            if node.owner is None or node.parent != NO_PARENT:
+                continue
+            count = self._adapter(node.owner).virtual_tokens
+            if node.virtual != count:
+                raise ValueError(f"a sequence of {node.owner!r} begins with {node.virtual} virtual tokens, not {count}")
+            places.setdefault(node.owner, []).append((0, start))
+        return tuple(
+            part.memory(tuple(starts))
+            for owner, starts in places.items()
+            for part in self._adapters[owner].parts
+            if isinstance(part, MemoryPart)
+        )
 
     def virtual_ids(self, name: str | None) -> tuple[int, ...]:
         """Return the placeholder ids that stand before every sequence of an adapter: the first ones past the vocabulary.

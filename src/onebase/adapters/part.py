@@ -19,6 +19,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from onebase.ops.memory import Memory
+
 
 @dataclass(frozen=True)
 class RowCall:
@@ -93,6 +95,22 @@ class PartWithConstants(Part, Protocol):
 
     def constants(self) -> Iterator[tuple[str, Tensor]]:
         """Yield them by name."""
+
+
+@runtime_checkable
+class MemoryPart(Part, Protocol):
+    """A part that gives attention learned keys and values at the rows of the adapter's virtual tokens."""
+
+    def memory(self, places: tuple[tuple[int, int], ...] | None) -> Memory:
+        """Return them for the rows at `places`: see `Memory`. Called once a forward."""
+
+
+@runtime_checkable
+class FilePart(Part, Protocol):
+    """A part whose file holds other tensors than it trains: a checkpoint has the trained ones."""
+
+    def file_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the file's tensors by name, detached."""
 
 
 @dataclass(frozen=True)

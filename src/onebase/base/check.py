@@ -20,6 +20,7 @@ from onebase.base.route import Route, RowSpace
 from onebase.errors import ModelError
 from onebase.ops.layout import Layout, Node
 from onebase.ops.loss import HeadRecord
+from onebase.ops.memory import Memory
 from onebase.ops.segments import NO_OWNER, Segments
 
 if TYPE_CHECKING:
@@ -180,8 +181,11 @@ def _difference(base: Base, examples: list[Tensor], expected: list[tuple[Tensor,
     return float(torch.tensor(found, dtype=torch.float64).max())  # unlike Python's max, NaN if any is
 
 
-def probe_route(base: Base, layout: Layout) -> Route:
-    """Return the route of a layout without any adapter."""
+def probe_route(base: Base, layout: Layout, memories: tuple[Memory, ...] = ()) -> Route:
+    """Return the route of a layout without any adapter, with learned keys and values where they are to be tried."""
     return Route(
-        layout=layout, rows={RowSpace.TOKEN: Segments.of([layout.token_count], [NO_OWNER])}, batch_owners=(NO_OWNER,)
+        layout=layout,
+        rows={RowSpace.TOKEN: Segments.of([layout.token_count], [NO_OWNER])},
+        batch_owners=(NO_OWNER,),
+        memories=memories,
     )

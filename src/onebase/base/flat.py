@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from onebase.base.route import Slot
 from onebase.ops.attention import AttentionRule, flat_attention
+from onebase.ops.memory import fits, take_places
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -64,9 +65,32 @@ def flat_attention_of(slot: Slot) -> AttentionFunction:
                 f"{type(module).__name__} attends {query.shape[2]} queries to {key.shape[2]} keys; the layout holds "
                 f"{layout.token_count} tokens"
             )
+        key, value = _with_memories(module, key, value, slot)
         return flat_attention(query[0], key[0], value[0], layout, rule)[None], None
 
     return attend
+
+
+def _with_memories(module: nn.Module, key: Tensor, value: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
+    """Return a layer's keys and values with the route's learned ones in their places.
+
+    Raises:
+        NotFlatError: the layer does not say which one it is, or its keys have another shape.
+    """
+    memories = () if slot.route is None else slot.route.memories
+    for memory in memories:
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
+            raise NotFlatError(f"{type(module).__name__} does not say which layer it is")
+        if not fits(memory, key, value, layer):
+            raise NotFlatError(
+                f"{type(module).__name__} of layer {layer} has keys {tuple(key.shape)} and values {tuple(value.shape)}, "
+                f"the learned ones are {tuple(memory.keys.shape)}"
+            )
+        starts = memory.starts(key.shape[0])
+        key = take_places(key, memory.keys[layer], starts)
+        value = take_places(value, memory.values[layer], starts)
+    return key, value
 
 
 def _rule_of(module: nn.Module, arguments: dict[str, Any]) -> AttentionRule:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from onebase.ops.layout import Layout
+from onebase.ops.memory import Memory
 from onebase.ops.segments import Segments
 
 
@@ -35,13 +36,15 @@ class Route:
 
     `batch_owners` says who owns each entry of a batch whose first dimension is the entries (padded batches, images,
     generation): every module's rows, however many an entry has there, are then its owner's. One owner owns all.
-    `layout` is None when the model attends by its own means.
+    `layout` is None when the model attends by its own means. `memories` are learned keys and values that attention
+    finds at some rows in place of its own.
     """
 
     layout: Layout | None = None
     rows: Mapping[RowSpace, Segments] = field(default_factory=lambda: MappingProxyType({}))
     row_keys: Mapping[RowSpace, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     batch_owners: tuple[int, ...] | None = None
+    memories: tuple[Memory, ...] = ()
 
     def __post_init__(self) -> None:
         """Keep the mappings as they are now, whatever becomes of those they were made of."""
