@@ -124,9 +124,7 @@ def test_every_example_of_an_encoder_sees_the_learned_keys_and_values(name):
     split = adapter.state[NAME].view(COUNT, shape.layers, 2, shape.kv_heads, shape.width).permute(1, 2, 3, 0, 4)
 
     def joined(module, query, key, value, mask, scaling=None, sliding_window=None, **_):
-        key, value = (
-            torch.cat([s[None], x], 2) for s, x in zip(split[module.layer_idx], (key, value), strict=True)
-        )
+        key, value = (torch.cat([s[None], x], 2) for s, x in zip(split[module.layer_idx], (key, value), strict=True))
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if sliding_window is not None:
             distance = torch.arange(COUNT, key.shape[2])[:, None] - torch.arange(key.shape[2])
@@ -237,7 +235,9 @@ def test_the_rows_where_virtual_tokens_stand_reach_nobody():
     batch = batch_of(bank, "one", tiny.examples_of(9, 4))
     with torch.no_grad():
         before = logits_of(bank, batch)
-        bank.places.module(bank.places.embedding_path).weight[0] = float("nan")  # what a placeholder's id is looked up as
+        bank.places.module(str(bank.places.embedding_path)).weight[0] = float(
+            "nan"
+        )  # what a placeholder's id is looked up as
         assert torch.equal(logits_of(bank, batch), before)
 
 
@@ -270,7 +270,9 @@ def test_a_file_holds_what_the_network_made_and_is_the_same_adapter_without_it()
 def test_first_values_are_drawn_as_pefts_are_from_the_seed_alone():
     bank = Bank(tiny.base_of())
     with tiny.global_randomness_untouched():
-        state = bank.add("one", PrefixTuning(num_virtual_tokens=50, prefix_projection=True, encoder_hidden_size=64)).state
+        state = bank.add(
+            "one", PrefixTuning(num_virtual_tokens=50, prefix_projection=True, encoder_hidden_size=64)
+        ).state
     embedding, inner = state["prompt_encoder.embedding.weight"], state["prompt_encoder.transform.2.weight"]
     assert embedding.shape == (50, 16)
     assert float(embedding.std()) == pytest.approx(1, rel=0.1)

@@ -46,8 +46,8 @@ def test_a_learned_rows_gradient_is_the_sum_over_its_places_and_a_replaced_row_h
     states, learned, starts = case
     found = []
     for function in (take_places, by_loop):
-        leaves = [t.clone().requires_grad_() for t in (states, learned)]
-        out = function(*leaves, starts)
+        leaves = (states.clone().requires_grad_(), learned.clone().requires_grad_())
+        out = function(leaves[0], leaves[1], starts)
         (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         found.append([leaf.grad for leaf in leaves])
     for ours, theirs in zip(*found, strict=True):

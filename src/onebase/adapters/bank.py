@@ -139,7 +139,9 @@ class Bank:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
         settings, notes = settings_of(settings, tensors)
         built = build(self.places, settings, seed)
-        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, (*notes, *built.warnings), built.virtual_tokens)
+        adapter = Adapter(
+            name, settings, seed, built.parts, built.target_paths, (*notes, *built.warnings), built.virtual_tokens
+        )
         if tensors is not None:
             adapter.load_state_(tensors)
         number = self._free_number()

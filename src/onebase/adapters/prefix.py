@@ -166,9 +166,7 @@ def _fault(base: Base, shape: KeyShape) -> str | None:
     return None
 
 
-def settings_of_file(
-    settings: PrefixTuning, tensors: Mapping[str, Tensor]
-) -> tuple[PrefixTuning, tuple[str, ...]]:
+def settings_of_file(settings: PrefixTuning, tensors: Mapping[str, Tensor]) -> tuple[PrefixTuning, tuple[str, ...]]:
     """Return the settings under which an adapter can hold these tensors, and what to say of them.
 
     A file keeps what the network made, and there is no way back from that: it is held without the network.

@@ -49,11 +49,12 @@ def take_places(
 
     Rows are moved as copies of whole rows; the gradient of a learned row is the sum over its places.
     """
-    batch, _, length, _ = states.shape
+    batch, kv_heads, length, width = states.shape
     rows = torch.cat([torch.arange(start, start + learned.shape[1]) + entry * length for entry, start in starts])
     flat = states.transpose(1, 2).flatten(0, 1)
     filling = learned.to(states.dtype).transpose(0, 1).repeat(len(starts), 1, 1)
-    return flat.index_copy(0, rows.to(states.device), filling).unflatten(0, (batch, length)).transpose(1, 2)
+    filled = flat.index_copy(0, rows.to(states.device), filling)
+    return filled.view(batch, length, kv_heads, width).transpose(1, 2)
 
 
 def take_places_(
