@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from onebase.adapters.layer import AdaptedLayer
-from onebase.adapters.lora import make_part
+from onebase.adapters.lora import make_linear, plan_of
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.config.methods import Lora
 from onebase.ops.keyed import keep_mask, mix, mix_rows, position_keys
@@ -18,7 +18,7 @@ def adapted(*owners, path="blocks.0.proj", bias=True, dropout=0.0):
     targets = {}
     for owner in owners:
         settings = Lora(r=2 + owner, init_lora_weights=False, lora_dropout=dropout)
-        targets[owner] = make_part(settings, path, (6, 5), owner, torch.device("cpu"))
+        targets[owner] = make_linear(plan_of(settings, path, owner), linear)
         layer.put(owner, targets[owner])
     return layer, targets
 

@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from onebase.adapters.lora import make_part
+from onebase.adapters.lora import make_linear, plan_of
 from onebase.config.methods import Lora
 from tests.tiny import global_randomness_untouched
 
-CPU = torch.device("cpu")
-
 
 def target_of(path="a.q_proj", seed=0, shape=(40, 300), **settings):
-    return make_part(Lora(**({"r": 100} | settings)), path, shape, seed, CPU)
+    return make_linear(
+        plan_of(Lora(**({"r": 100} | settings)), path, seed), nn.utils.skip_init(nn.Linear, *shape[::-1])
+    )
 
 
 def test_lora_a_is_uniform_within_one_over_the_root_of_its_inputs_and_lora_b_is_zero():

@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from onebase.adapters.bank import Bank
-from onebase.adapters.lora import LoraPart, rank_and_alpha, scaling_of
+from onebase.adapters.lora import LoraPart, rank_and_alpha
 from onebase.adapters.matching import Candidate, choose_targets
+from onebase.adapters.pair import scaling_of
 from onebase.config.methods import Lora
 from onebase.errors import TargetError
 from tests import tiny
@@ -107,7 +108,7 @@ def test_layers_choose_something_and_pefts():
 
 # ---------------------------------------------------------------------------------------------------- on real modules
 
-ALL = sorted(set(tiny.ARCHITECTURES) - {"gpt2"}) + sorted(tiny.ENCODERS)
+ALL = sorted(tiny.ARCHITECTURES) + sorted(tiny.ENCODERS)
 
 
 def peft_targets(model, **settings) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def error_of(**settings):
 
 def test_a_name_that_matches_nothing_beside_one_that_does_is_named_with_the_closest():
     message = error_of(target_modules=["q_proj", "v_prj", "zzz"])
-    assert "'v_prj' matches none of 15 linear layers; closest is 'v_proj'" in message
+    assert "'v_prj' matches none of 16 linear layers, convolutions and embeddings; closest is 'v_proj'" in message
     assert "'zzz' matches none" in message
     assert "onebase targets tiny-llama" in message
     assert "q_proj' matches" not in message
@@ -227,26 +228,25 @@ def test_excluding_everything_is_an_error():
 
 
 def test_several_problems_are_reported_at_once():
-    message = error_of(target_modules=["k_prj", "embed_tokens"], exclude_modules=["xyz"])
-    assert all(part in message for part in ("k_prj", "xyz", "embed_tokens"))
+    message = error_of(target_modules=["k_prj", "zzz"], exclude_modules=["xyz"])
+    assert all(part in message for part in ("k_prj", "xyz", "zzz"))
 
 
-def test_embeddings_raise_and_say_what_they_are():
-    assert "embed_tokens (embedding)" in error_of(target_modules=["embed_tokens", "q_proj"])
+def test_fused_experts_raise_and_say_what_they_are():
+    with pytest.raises(TargetError, match="experts \\(experts\\)"):
+        Bank(tiny.base_of("mixtral")).add("a", Lora(target_modules=["experts"]))
 
 
-def test_gpt2s_transposed_layers_raise_and_say_what_they_are():
-    with pytest.raises(TargetError, match="c_attn \\(transposed-linear\\)"):
-        Bank(tiny.base_of("gpt2")).add("a", Lora(target_modules=["c_attn"]))
-    with pytest.raises(TargetError, match="transposed"):
-        Bank(tiny.base_of("gpt2")).add("a", Lora())
+def test_a_preset_that_means_no_layer_here_says_what_there_is():
+    with pytest.raises(TargetError, match="linear layers by a preset in this version, got experts \\(experts\\)"):
+        Bank(tiny.base_of("mixtral")).add("a", Lora(target_modules="mlp"))
 
 
 def test_mixtrals_router_and_fused_experts_are_not_taken_for_linear_layers():
     adapter = Bank(tiny.base_of("mixtral")).add("a", Lora())
     assert len(adapter.target_paths) == 8
     assert all("self_attn" in path for path in adapter.target_paths)
-    assert adapter.warnings == ("all-linear leaves out experts (experts): LoRA goes on linear layers",)
+    assert adapter.warnings == ("all-linear means linear layers and leaves out experts (experts)",)
 
 
 def test_what_is_excluded_need_not_be_chosen_but_must_be_there():
@@ -278,7 +278,7 @@ def test_a_layer_that_is_never_called_is_no_target():
 def test_a_name_that_is_in_some_blocks_only_is_warned_about():
     base = tiny.base_of()
     base.model.model.layers[1].self_attn.extra = nn.Linear(4, 4)
-    warnings = Bank(base).add("a", Lora(target_modules=["extra", "q_proj"])).warnings
+    warnings = Bank(base).add("a", Lora(r=4, target_modules=["extra", "q_proj"])).warnings
     assert warnings == ("extra is adapted in 1/2 blocks",)
 
 

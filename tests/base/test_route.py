@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from onebase.adapters.layer import AdaptedLayer
-from onebase.adapters.lora import make_part
+from onebase.adapters.lora import make_linear, plan_of
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.config.methods import Lora
 from onebase.ops.layout import Layout, Node
@@ -97,7 +98,7 @@ def test_a_wrapper_reads_its_own_space_only(space):
     linear = torch.nn.Linear(5, 6).requires_grad_(False)
     layer = AdaptedLayer(linear, "a.b", space, slot)
     dummy, target = (
-        make_part(Lora(r=r, init_lora_weights=False), "a.b", (6, 5), r, torch.device("cpu")) for r in (2, 3)
+        make_linear(plan_of(Lora(r=r, init_lora_weights=False), "a.b", r), nn.Linear(5, 6)) for r in (2, 3)
     )
     layer.put(0, dummy)
     layer.put(1, target)

@@ -60,11 +60,13 @@ def selected(model, names):
     return {path for path in listed for name in names if path == name or path.endswith("." + name)}
 
 
-def test_every_linear_layer_is_listed_once_and_nothing_else_is_available(family):
+def test_every_layer_that_can_carry_an_adapter_is_listed_once_and_nothing_else_is_available(family):
     _, model = family
     rows = targets.list_targets(model)
     listed = [path for row in rows if row.available for path in row.paths]
-    assert sorted(listed) == sorted(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    counting = {name for name in layers if type(layers[name]).__name__ == "OPTLearnedPositionalEmbedding"}
+    assert sorted(listed) == sorted(set(layers) - counting)
 
 
 def test_a_row_describes_every_module_in_it(family):
@@ -137,14 +139,24 @@ def test_a_layer_that_some_blocks_lack_is_counted_where_it_is():
     assert (row.blocks, row.of, len(row.paths)) == (1, 2, 1)
 
 
-def test_layers_that_are_not_linear_are_listed_but_not_available():
+def test_gpt2s_transposed_layers_are_linear_ones_and_the_presets_mean_them():
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300))
-    kinds = {row.pattern: (row.kind, row.shape) for row in targets.list_targets(model) if not row.available}
+    kinds = {row.pattern: (row.kind, row.shape) for row in targets.list_targets(model) if row.available}
     assert kinds["c_attn"] == ("transposed-linear", (96, 32))
     assert kinds["wte"][0] == "embedding"
-    with pytest.raises(TargetError, match="transposed-linear"):
-        targets.preset_paths(model, "all-linear")
+    names = targets.plain_names(model, targets.preset_paths(model, "all-linear"))
+    assert sorted(names) == ["c_attn", "c_fc", "c_proj"]
+
+
+def test_an_attentions_table_of_distances_is_no_embedding_of_ids():
+    with torch.device("meta"):
+        model = transformers.T5Model(
+            transformers.T5Config(d_model=32, d_kv=8, num_layers=1, num_heads=4, vocab_size=300)
+        )
+    rows = {row.pattern: row.available for row in targets.list_targets(model) if row.kind == "embedding"}
+    assert rows.pop("relative_attention_bias") is False
+    assert rows and all(rows.values())
 
 
 def test_a_router_is_no_part_of_all_linear():

@@ -18,39 +18,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from onebase.adapters.dense import dense_weight, write_dense_
+from onebase.adapters.pair import Pair
 from onebase.adapters.part import RowCall
+from onebase.errors import TargetError
 from onebase.ops.attention import at_least_fp32
 from onebase.ops.rescale import rescale
 
 
-@runtime_checkable
-class Pair(Protocol):
-    """A low-rank pair as matrices: what is added to the dense weight is scaling * B @ A."""
-
-    @property
-    def path(self) -> str:
-        """The path of its module."""
-
-    @property
-    def scaling(self) -> float:
-        """What the product is scaled by."""
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A as (r, inputs) and B as (outputs, r)."""
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what of it is trained."""
-
-
 @dataclass(frozen=True, eq=False)
 class MagnitudePart:
-    """One adapter's magnitudes on one module, (outputs,) fp32, beside the pair that they belong to."""
+    """One adapter's magnitudes on one module, fp32, beside the pair that they belong to.
+
+    (outputs,), for a convolution (1, outputs, 1, ...), as PEFT stores them.
+    """
 
     pair: Pair
     magnitude: nn.Parameter
@@ -70,7 +55,7 @@ class MagnitudePart:
     def factor(self) -> Tensor:
         """Return m / ||W + s B A|| for each output, differentiable in m; 0 / 0 is 0."""
         norms = self._norms()
-        return self.magnitude / torch.where(norms > 0, norms, 1)
+        return self.magnitude.flatten() / torch.where(norms > 0, norms, 1)
 
     def on_output(self, y: Tensor, call: RowCall) -> Tensor:
         """Return the rows scaled around the base's bias."""
@@ -100,9 +85,21 @@ def make_magnitude(pair: Pair, module: nn.Module, squares: Tensor) -> MagnitudeP
 
     Args:
         squares: ||w||^2 of each output, as `row_squares` returns it.
+
+    Raises:
+        TargetError: the module is a convolution with groups, of whose update no output's weight can say the norm.
     """
-    norms = direction_norms(dense_weight(module, pair.path), squares, *pair.factors(), pair.scaling)
-    return MagnitudePart(pair, nn.Parameter(norms.float()), module, squares)
+    if getattr(module, "groups", 1) != 1:
+        raise TargetError(
+            f"adapter.use_dora: {pair.path} is a convolution of {module.groups} groups, and DoRA goes on those without. "
+            "Set use_dora: false, or leave it out: adapter.exclude_modules."
+        )
+    norms = direction_norms(dense_weight(module, pair.path), squares, *pair.factors(), pair.scaling).float()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.dim() > 2:
+        norms = norms.view(1, -1, *(1 for _ in weight.shape[2:]))
+    return MagnitudePart(pair, nn.Parameter(norms), module, squares)
 
 
 @torch.no_grad()

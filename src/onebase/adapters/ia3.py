@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters import roles
-from onebase.adapters.matching import Reach
+from onebase.adapters.matching import LINEAR_KINDS, Reach
 from onebase.adapters.part import Built, Part, RowCall
 from onebase.adapters.places import Places
 from onebase.config.methods import Ia3
 from onebase.errors import TargetError
 from onebase.ops.keyed import mix
 
-REACH = Reach("IA3", "linear layers and 2-D or 3-D convolutions", roles.LINEAR_KINDS | {"conv2d", "conv3d"})
+REACH = Reach("IA3", "linear layers and 2-D or 3-D convolutions", LINEAR_KINDS | {"conv2d", "conv3d"})
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters.part import InputPart, LowRankPart, ModulePart, OutputPart, Part, RowCall
-from onebase.base.route import RowSpace, Slot
+from onebase.base.route import Route, RowSpace, Slot
 from onebase.ops.keyed import mix_rows
 from onebase.ops.low_rank import LowRank, add_low_rank_
 from onebase.ops.segments import NO_OWNER, Segments
@@ -93,6 +93,8 @@ class AdaptedLayer(nn.Module):
         if route is None or self.is_bare:
             y: Tensor = self.base_layer(x, *others, **named)
             return y
+        if self.rows is Rows.IDS:
+            x = _of_every_entry(x, route)
         # rows, not x, go through the base: an update is added in place, and to a view that would cost a copy
         rows = x.flatten(0, -2) if self.rows is Rows.VECTORS else x.flatten() if self.rows is Rows.IDS else x
         segments = route.segments(self.space, rows.shape[0])
@@ -158,6 +160,20 @@ def _each(
                 piece = change(part, piece, start, end)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _of_every_entry(ids: Tensor, route: Route) -> Tensor:
+    """Return the ids with a line for each entry of the route's batch: position ids may come once for all of them.
+
+    Raises:
+        RuntimeError: they are of another number of entries.
+    """
+    count = 1 if route.batch_owners is None else len(route.batch_owners)
+    if count == 1 or ids.shape[0] == count:
+        return ids
+    if ids.dim() == 1 or ids.shape[0] != 1:
+        raise RuntimeError(f"an embedding got ids of shape {tuple(ids.shape)} for a batch of {count}")
+    return ids.expand(count, *ids.shape[1:])
 
 
 def _rows_of(other: object, row_count: int, start: int, end: int) -> object:

@@ -1,36 +1,38 @@
-"""LoRA: beside a frozen linear layer W a trained product of two thin matrices, y = W x + s B A x.
+"""LoRA: beside a frozen layer W a trained product of two thin matrices, y = W x + s B A x.
 
 A starts random and B at zero, so a fresh adapter changes nothing. s is lora_alpha / r, or lora_alpha / sqrt(r) with
 use_rslora (arXiv:2312.03732), which keeps the update's size independent of the rank. Trained: r * (in + out) numbers
 a layer, against in * out. Source: arXiv:2106.09685 sec. 4.1.
 
-The arithmetic is ops/low_rank.py's; here are the tensors, their initial values and what the settings mean for a layer.
+For linear layers the arithmetic is ops/low_rank.py's, and their tensors are here; convolutions, embeddings and DoRA
+have files of their own. Here too: what the settings mean for each layer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from onebase.adapters.conv import make_conv
 from onebase.adapters.dense import add_product_
 from onebase.adapters.dora import make_magnitude
-from onebase.adapters.matching import check_patterns, for_path
+from onebase.adapters.embedding import make_embedding
+from onebase.adapters.matching import Reach, check_patterns, for_path
+from onebase.adapters.pair import PairPlan, initialise_, matrix_shape, scaling_of
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
 from onebase.base import memory
 from onebase.config.methods import Lora
-from onebase.errors import ConfigError, list_problems
-from onebase.ops.keyed import mix
+from onebase.errors import ConfigError, TargetError, list_problems
 
 
 @dataclass(frozen=True, eq=False)
 class LoraPart:
-    """One adapter's pair on one module: lora_A is (r, in), lora_B is (out, r), both fp32."""
+    """One adapter's pair on one linear layer: lora_A is (r, in), lora_B is (out, r), both fp32."""
 
     path: str
     lora_A: nn.Parameter
@@ -59,14 +61,6 @@ class LoraPart:
         add_product_(module, self.path, *self.factors(), self.scaling)
 
 
-def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """Return lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
-
-    Source: arXiv:2106.09685 sec. 4.1; arXiv:2312.03732 theorem 3.2.
-    """
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-
-
 def rank_and_alpha(settings: Lora, path: str) -> tuple[int, float]:
     """Return the rank and lora_alpha of one module: the patterns' where one matches, the adapter's otherwise."""
     r = for_path(settings.rank_pattern, path, settings.r)
@@ -77,24 +71,84 @@ def build(places: Places, settings: Lora, seed: int) -> Built:
     """Return a new adapter's pairs, one for each target.
 
     Raises:
-        TargetError: the settings name a module that is not there, or none.
+        TargetError: the settings name a module that is not there, or none, or one that cannot have what they say.
         CapacityError: there is no memory for them.
     """
-    base = places.base
     _refuse_what_is_not_computed_yet(settings)
-    match = places.choose(settings)
+    match = places.choose(settings, REACH)
     patterns = {"rank_pattern": [*settings.rank_pattern], "alpha_pattern": [*settings.alpha_pattern]}
-    check_patterns(patterns, match.paths, base.name)
-    shapes = {path: tuple(places.module(path).weight.shape) for path in match.paths}
-    numbers = sum(rank_and_alpha(settings, path)[0] * sum(shape) for path, shape in shapes.items())
+    check_patterns(patterns, match.paths, places.base.name)
+    plans = [plan_of(settings, path, seed) for path in match.paths]
+    shapes = [matrix_shape(places.module(path)) for path in match.paths]
+    _check_ranks(plans, shapes)
+    numbers = sum(plan.r * sum(shape) for plan, shape in zip(plans, shapes, strict=True))
     memory.check_room_for("the adapter", 4 * numbers, "Set a smaller adapter.r, or fewer target_modules.")
     parts: list[Part] = []
-    for path, shape in shapes.items():
-        part = make_part(settings, path, (shape[0], shape[1]), seed, base.device)
+    for plan in plans:
+        module = places.module(plan.path)
+        part = _MAKERS[places.kind(plan.path)](plan, module)
         parts.append(part)
         if settings.use_dora:
-            parts.append(make_magnitude(part, places.module(path), places.squares(path)))
+            parts.append(make_magnitude(part, module, places.squares(plan.path)))
     return Built(tuple(parts), match.paths, match.warnings)
+
+
+def plan_of(settings: Lora, path: str, seed: int) -> PairPlan:
+    """Return what the settings say of the pair on one module."""
+    r, lora_alpha = rank_and_alpha(settings, path)
+    return PairPlan(
+        path=path,
+        r=r,
+        lora_alpha=lora_alpha,
+        scaling=scaling_of(r, lora_alpha, settings.use_rslora),
+        dropout=settings.lora_dropout,
+        init=settings.init_lora_weights,
+        seed=seed,
+    )
+
+
+def make_linear(plan: PairPlan, module: Any) -> LoraPart:
+    """Return a new pair for a linear layer, transposed or not."""
+    outputs, inputs = matrix_shape(module)
+    lora_A, lora_B = torch.empty(plan.r, inputs), torch.zeros(outputs, plan.r)
+    initialise_(lora_A, lora_B, plan.init, plan.r, plan.generator())
+    device = module.weight.device
+    return LoraPart(
+        path=plan.path,
+        lora_A=nn.Parameter(lora_A.to(device)),
+        lora_B=nn.Parameter(lora_B.to(device)),
+        lora_alpha=plan.lora_alpha,
+        scaling=plan.scaling,
+        dropout=plan.dropout,
+    )
+
+
+_MAKERS: dict[str, Callable[[PairPlan, Any], Any]] = {
+    **dict.fromkeys(("linear", "transposed-linear"), make_linear),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), make_conv),
+    "embedding": make_embedding,
+}
+"""Kind of layer -> what makes its pair."""
+
+REACH = Reach("LoRA", "linear layers, convolutions and embeddings", frozenset(_MAKERS))
+
+
+def _check_ranks(plans: Sequence[PairPlan], shapes: Sequence[tuple[int, int]]) -> None:
+    """Raise if a pair has more rank than its layer has room for: it would say nothing more and cost more.
+
+    Raises:
+        TargetError: every layer that is too small, by name.
+    """
+    small: dict[str, str] = {}
+    for plan, (outputs, inputs) in zip(plans, shapes, strict=True):
+        most, name = min(outputs, inputs), plan.path.rpartition(".")[2]
+        if plan.r > most:
+            small[name] = (
+                f"adapter.r: {plan.r} is larger than {plan.path} ({outputs} x {inputs}) has room for, which is {most}. "
+                f"Set adapter.rank_pattern: {{{name}: {most}}}, or a smaller adapter.r."
+            )
+    if small:
+        raise TargetError(list_problems("adapter", list(small.values())))
 
 
 def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
@@ -103,42 +157,3 @@ def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
     given += ["init_lora_weights"] if settings.init_lora_weights not in (True, False, "gaussian") else []
     if given:
         raise ConfigError(list_problems("adapter", [f"{name}: is not available in this version." for name in given]))
-
-
-def make_part(settings: Lora, path: str, shape: tuple[int, int], seed: int, device: torch.device) -> LoraPart:
-    """Return a new pair for the module at `path` with weight `shape` (out, in), from the adapter's seed and the path."""
-    r, lora_alpha = rank_and_alpha(settings, path)
-    out_features, in_features = shape
-    lora_A = torch.empty(r, in_features)
-    lora_B = torch.zeros(out_features, r)
-    initialise_(lora_A, lora_B, settings.init_lora_weights, r, torch.Generator().manual_seed(mix(seed, path) >> 1))
-    return LoraPart(
-        path=path,
-        lora_A=nn.Parameter(lora_A.to(device)),
-        lora_B=nn.Parameter(lora_B.to(device)),
-        lora_alpha=lora_alpha,
-        scaling=scaling_of(r, lora_alpha, settings.use_rslora),
-        dropout=settings.lora_dropout,
-    )
-
-
-def initialise_(
-    lora_A: Float[Tensor, "r in"],
-    lora_B: Float[Tensor, "out r"],
-    init: bool | str,
-    r: int,
-    generator: torch.Generator,
-) -> None:
-    """Fill a pair in place: A uniform as in nn.Linear, or normal with standard deviation 1/r; B zero.
-
-    `init` False leaves B random too, as PEFT does, for tests of merging: not a no-op at the start.
-    Source: PEFT, LoraLayer.reset_lora_parameters; Kaiming uniform with a = sqrt(5) is uniform in +-1/sqrt(in).
-    """
-    if init == "gaussian":
-        lora_A.normal_(std=1 / r, generator=generator)
-        return
-    bound = 1 / math.sqrt(lora_A.shape[1])
-    lora_A.uniform_(-bound, bound, generator=generator)
-    if init is False:
-        bound = 1 / math.sqrt(r)
-        lora_B.uniform_(-bound, bound, generator=generator)

@@ -56,6 +56,8 @@ class Reach:
         return candidate.kind in self.kinds
 
 
+LINEAR_KINDS = frozenset({"linear", "transposed-linear", "quantised-linear"})
+"""What the presets are about."""
 LINEAR = frozenset({"linear"})
 ON_LINEAR = Reach("LoRA", "linear layers", LINEAR)
 
@@ -125,11 +127,15 @@ def choose_targets(
         out = set(_named(candidates, exclude_modules, "adapter.exclude_modules", problems, model_name, reach))
         chosen = [c for c in chosen if c not in out]
     warnings = []
-    if target_modules in PRESETS and any(reach.holds(c) for c in chosen):
-        left_out = _out_of_reach(chosen, reach)
-        chosen = [c for c in chosen if reach.holds(c)]
-        if left_out:
-            warnings.append(f"{target_modules} leaves out {', '.join(left_out)}: {reach.method} goes on {reach.noun}")
+    if target_modules in PRESETS:
+        linear = Reach(reach.method, "linear layers by a preset", reach.kinds & LINEAR_KINDS)
+        if any(linear.holds(c) for c in chosen):
+            left_out = _out_of_reach(chosen, linear)
+            chosen = [c for c in chosen if linear.holds(c)]
+            if left_out:
+                warnings.append(f"{target_modules} means linear layers and leaves out {', '.join(left_out)}")
+        else:
+            reach = linear
     warnings += _partial(candidates, chosen)
     if layers_to_transform is not None:
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)

@@ -41,8 +41,13 @@ class Places:
         self._poolers = {c.path for c in candidates if c.role == "pooler"}
         self.head_path = self.path_of(base.head_module)
         self.embedding_path = self.path_of(base.input_embedding)
+        self._kinds = {c.path: c.kind for c in candidates}
         self._squares: dict[str, Tensor] = {}
         self.owners = tuple(self._owners())
+
+    def kind(self, path: str) -> str:
+        """Return what kind of layer is at a path, for one that adapters go on."""
+        return self._kinds[path]
 
     def space(self, path: str) -> RowSpace:
         """Return what the rows are that a module sees."""
@@ -113,5 +118,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _unavailable(kind: str) -> str:
-    """Return what to call a module that no adapter goes on now: a linear layer too may be read and never called."""
-    return "linear, but never called" if kind == "linear" else kind
+    """Return what to call a module that no adapter goes on now: some look like those it goes on."""
+    reasons = {"linear": "linear, but never called", "embedding": "embedding of something other than tokens' ids"}
+    return reasons.get(kind, kind)

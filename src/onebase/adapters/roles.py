@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from onebase.adapters.matching import Candidate
+from onebase.adapters.matching import LINEAR_KINDS, Candidate
 
-LINEAR_KINDS = frozenset({"linear", "transposed-linear", "quantised-linear"})
 _KEY_OR_VALUE = re.compile(r"(^|_)(k|v|kv|qkv|wqkv|keys?|values?)(_|$)", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 

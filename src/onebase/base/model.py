@@ -43,6 +43,8 @@ class Base:
         why_native: why a native base is one; empty otherwise.
         shares_prefixes: whether a layout's node may have children (causal models), decided by the same check.
         slot: where the current route lies.
+        input_embedding: what turns token ids into vectors, as it was before any adapter; None in a model that embeds no
+            tokens, or does not say.
     """
 
     def __init__(
@@ -54,6 +56,10 @@ class Base:
         self.name, self.folder = name, folder
         self.fingerprint = fingerprint or fingerprint_of_state(model)
         self.slot = Slot()
+        embedding = _ask(model, "get_input_embeddings")
+        self.input_embedding: nn.Embedding | None = (
+            embedding if isinstance(getattr(embedding, "num_embeddings", None), int) else None
+        )
         self.head: HeadRecord | None = None
         self.position_offset, self.shares_prefixes = 0, False
         self._own_attention = self._current_attention = self._flat_attention = ""
@@ -101,13 +107,6 @@ class Base:
         """The output head as a module, where the model says which one it is."""
         head: nn.Module | None = _ask(self.model, "get_output_embeddings")
         return head
-
-    @property
-    def input_embedding(self) -> nn.Embedding | None:
-        """What turns token ids into vectors; None in a model that embeds no tokens, or does not say."""
-        module = _ask(self.model, "get_input_embeddings")
-        module = getattr(module, "base_layer", module)  # an adapter may be on it
-        return module if isinstance(getattr(module, "num_embeddings", None), int) else None
 
     @property
     def parameter_count(self) -> int:

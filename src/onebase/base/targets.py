@@ -12,6 +12,7 @@ Called by adapters/bank.py (the modules, by path, kind and role) and `onebase ta
 over the modules.
 """
 
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -99,9 +100,19 @@ def list_modules(model: nn.Module) -> list[Module]:
             continue
         block = _block(path, tree)
         role = _role(path, kind, block, tree, heads)
-        bypassed = isinstance(tree[path.rpartition(".")[0]], nn.MultiheadAttention)  # reads out_proj.weight itself
-        modules.append(Module(path, kind, _shape(module), block, role, kind == "linear" and not bypassed))
+        available = _is_available(kind, module, tree[path.rpartition(".")[0]], block)
+        modules.append(Module(path, kind, _shape(module), block, role, available))
     return modules
+
+
+def _is_available(kind: Kind, module: nn.Module, parent: nn.Module, block: tuple[str, int] | None) -> bool:
+    """Return whether an adapter can go on a module: it is called, and on what its kind is called on."""
+    if kind == "linear":
+        return not isinstance(parent, nn.MultiheadAttention)  # which reads out_proj.weight itself
+    if kind == "embedding":  # not one of distances in an attention (T5), nor one that counts its positions itself (OPT)
+        first = next(iter(inspect.signature(module.forward).parameters), "")
+        return block is None and first in ("input", "input_ids")
+    return kind not in ("quantised-linear", "experts")
 
 
 def preset_paths(model: nn.Module, preset: str) -> list[str]:
@@ -115,7 +126,7 @@ def preset_paths(model: nn.Module, preset: str) -> list[str]:
     """
     modules = list_modules(model)
     meant = [module for module in modules if in_preset(module.role, preset)]
-    chosen = [module.path for module in meant if module.available]
+    chosen = [module.path for module in meant if module.available and module.kind in ("linear", "transposed-linear")]
     if not chosen:
         kinds = ", ".join(sorted({module.kind for module in meant})) or "nothing at all"
         raise TargetError(

@@ -17,8 +17,8 @@ import torch
 
 import onebase
 from onebase.adapters.bank import Adapter, Bank
-from onebase.adapters.lora import rank_and_alpha, scaling_of
-from onebase.adapters.part import LowRankPart
+from onebase.adapters.lora import rank_and_alpha
+from onebase.adapters.pair import Pair, scaling_of
 from onebase.base import memory
 from onebase.base.device import use_threads
 from onebase.base.model import load
@@ -155,7 +155,7 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
 def _check_same_scaling(adapter: Adapter, stored: Lora, source: Path) -> None:
     """Raise if the weights of a warm start were trained under another scaling: they would be another function here."""
     for part in adapter.parts:
-        if not isinstance(part, LowRankPart):
+        if not isinstance(part, Pair):
             continue
         path, trained_under = part.path, scaling_of(*rank_and_alpha(stored, part.path), stored.use_rslora)
         if part.scaling != trained_under:
