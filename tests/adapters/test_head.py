@@ -8,13 +8,15 @@ import torch.nn.functional as F
 
 from onebase.adapters.bank import Bank
 from onebase.base.model import Base
-from onebase.config.methods import BitFit, Ia3, Lora
+from onebase.config.methods import BitFit, Full, Ia3, Lora
 from onebase.measure.forward import forward_loss
 from onebase.ops import loss as loss_op
 from tests import tiny
 from tests.adapters.against_peft import CLOSE, filled
 
 HEADS: dict[str, Any] = {
+    "full": Full(target_modules=["embed_tokens", "lm_head"]),
+    "saved": Lora(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "lora": Lora(r=3, target_modules=["lm_head", "q_proj"]),
     "dora": Lora(r=3, use_dora=True, target_modules=["lm_head", "q_proj"]),
     "ia3": Ia3(target_modules=["lm_head", "k_proj"]),

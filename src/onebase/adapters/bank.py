@@ -158,7 +158,7 @@ class Bank:
             layer = self._layers[path]
             layer.take_off(number)
             if layer.is_bare:
-                _set_module(self.base.model, path, self._layers.pop(path).base_layer)
+                self.places.put(path, self._layers.pop(path).base_layer)
 
     @contextmanager
     def learning(self, name: str) -> Iterator[None]:
@@ -293,7 +293,7 @@ class Bank:
             module = self.places.module(path)
             layer = AdaptedLayer(module, path, self.places.space(path), self.base.slot)
             layer.train(module.training)
-            _set_module(self.base.model, path, layer)
+            self.places.put(path, layer)
             self._layers[path] = layer
         return self._layers[path]
 
@@ -305,8 +305,3 @@ def _check_name(name: object) -> None:
             "an adapter's name must begin with a letter, digit or underscore and hold nothing but those and '.', '-', "
             f"'+', '@', at most 100 of them, got {name!r}."
         )
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

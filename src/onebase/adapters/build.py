@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from onebase.adapters import bias, ia3, lora, prefix, prompt
+from onebase.adapters import bias, copies, ia3, lora, prefix, prompt
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
-from onebase.config.methods import AdapterSettings, BitFit, Ia3, Lora, PrefixTuning, PromptTuning
+from onebase.config.methods import AdapterSettings, BitFit, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
 
 BUILDERS: dict[type[Any], Callable[[Places, Any, int], Built]] = {
     Lora: lora.build,
     Ia3: ia3.build,
     BitFit: bias.build,
+    LnTuning: copies.build_norms,
+    Full: copies.build_full,
     PromptTuning: prompt.build,
     PrefixTuning: prefix.build,
 }
@@ -49,4 +51,6 @@ def _beside(places: Places, settings: AdapterSettings, targets: Sequence[str]) -
     parts: list[Part] = []
     if isinstance(settings, Lora) and settings.bias != "none":
         parts += bias.beside_lora(places, settings.bias, targets)
+    if saved := getattr(settings, "modules_to_save", None):
+        parts += copies.beside(places, saved, targets)
     return parts

@@ -104,11 +104,7 @@ def _feedforward(places: Places, settings: Ia3, targets: tuple[str, ...]) -> set
         return mlp & set(targets)
     if not settings.feedforward_modules:
         return set()
-    named = settings.model_copy(update={"target_modules": settings.feedforward_modules, "exclude_modules": None})
-    try:
-        found = places.choose(named, REACH).paths
-    except TargetError as error:
-        raise TargetError(str(error).replace("adapter.target_modules", "adapter.feedforward_modules")) from None
+    found = places.choose_named(settings.feedforward_modules, "feedforward_modules", REACH)
     if outside := sorted(set(found) - set(targets)):
         raise TargetError(
             f"adapter.feedforward_modules: {outside[0]!r} is no target{_and_more(outside)}: a feed-forward module is a "

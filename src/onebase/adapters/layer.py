@@ -7,8 +7,12 @@ operation; other parts are called once for each stretch of rows that has them.
 
 from __future__ import annotations
 
+import inspect
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from enum import Enum
 from typing import Any, cast
 
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from onebase.adapters.part import InputPart, LowRankPart, ModulePart, OutputPart, Part, RowCall
 from onebase.base.route import Route, RowSpace, Slot
+from onebase.errors import ConfigError
 from onebase.ops.keyed import mix_rows
 from onebase.ops.low_rank import LowRank, add_low_rank_
 from onebase.ops.segments import NO_OWNER, Segments
@@ -42,6 +47,7 @@ class AdaptedLayer(nn.Module):
         self.path, self.space, self.rows = path, space, rows_of(base_layer)
         self._slot = slot
         self._key = path_key(path)
+        self._has_children = any(True for _ in base_layer.children())
         self._parts: dict[int, list[Part]] = {}
         self.low_rank: LowRank | None = None
 
@@ -87,39 +93,63 @@ class AdaptedLayer(nn.Module):
         ]
         self.low_rank = low_rank_of(pairs) if pairs else None
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def forward(self, *args: Any, **named: Any) -> Any:
         """Return the module's output, each row changed by the parts of its owner."""
         route = self._slot.route
         if route is None or self.is_bare:
-            y: Tensor = self.base_layer(x, *others, **named)
-            return y
-        if self.rows is Rows.IDS:
-            x = _of_every_entry(x, route)
+            return self.base_layer(*args, **named)
+        keyword = None if args else next(iter(named))
+        x = args[0] if keyword is None else named.pop(keyword)
+        x = _of_every_entry(x, route, self.rows)
         # rows, not x, go through the base: an update is added in place, and to a view that would cost a copy
         rows = x.flatten(0, -2) if self.rows is Rows.VECTORS else x.flatten() if self.rows is Rows.IDS else x
-        segments = route.segments(self.space, rows.shape[0])
+        shape = x.shape[:-1] if self.rows is Rows.VECTORS else x.shape if self.rows is Rows.IDS else x.shape[:1]
+        segments, each = self._segments(route, tuple(shape))
         keys = route.row_keys.get(self.space)
-        keys = None if keys is None else mix_rows(keys, self._key)
-        y = self.forward_rows(rows, segments, keys, *others, **named)
+        keys = None if keys is None else mix_rows(keys if each == 1 else keys.repeat_interleave(each), self._key)
+        y = self._run(RowCall(self.base_layer, rows, args[1:], keys, named, keyword), segments)
         if self.rows is Rows.FIRST:
             return y
-        return y.view(*(x.shape if self.rows is Rows.IDS else x.shape[:-1]), y.shape[-1])
+        return y.view(*shape, y.shape[-1])
 
-    def forward_rows(
-        self, rows: Tensor, segments: Segments, row_keys: Tensor | None, *others: Any, **named: Any
-    ) -> Tensor:
+    def _segments(self, route: Route, shape: tuple[int, ...]) -> tuple[Segments, int]:
+        """Return who owns the rows of an input with these leading dimensions, and how many a token has.
+
+        Raises:
+            ConfigError: the module takes the tokens of several adapters at once, and cannot be split.
+            RuntimeError: the route says nothing of such rows.
+        """
+        count = math.prod(shape)
+        known = route.rows.get(self.space)
+        if route.batch_owners is not None or known is None or known.row_count == count:
+            return route.segments(self.space, count), 1
+        if self.rows is Rows.FIRST:
+            owners = {owner for _, _, owner in known}
+            if len(owners) == 1:
+                return Segments.of([count], [*owners]), 1
+            raise ConfigError(
+                f"{self.path}: a {type(self.base_layer).__name__} sees all tokens of a flat batch at once, so that they "
+                "cannot be split between adapters: its members take turns. Give it batches of one adapter each."
+            )
+        for end in range(1, len(shape)):  # several vectors a token, one after the other: a norm on attention heads
+            if math.prod(shape[:end]) == known.row_count:
+                each = count // known.row_count
+                return Segments(known.offsets * each, known.owners), each
+        return route.segments(self.space, count), 1
+
+    def forward_rows(self, rows: Tensor, segments: Segments, row_keys: Tensor | None) -> Tensor:
         """Return the output for rows that lie one after the other.
 
         Args:
             segments: which adapter owns which of them.
             row_keys: what their dropout in this layer depends on; None switches it off.
         """
+        y: Tensor = self._run(RowCall(self.base_layer, rows, row_keys=row_keys), segments)
+        return y
+
+    def _run(self, call: RowCall, segments: Segments) -> Any:
+        rows = call.x
         stretches = [(start, end, self._parts.get(owner, [])) for start, end, owner in segments]
-
-        def call(start: int, end: int, x: Tensor) -> RowCall:
-            sliced = tuple(_rows_of(other, rows.shape[0], start, end) for other in others)
-            return RowCall(self.base_layer, x, sliced, None if row_keys is None else row_keys[start:end])
-
         x = _each(
             rows,
             stretches,
@@ -127,28 +157,50 @@ class AdaptedLayer(nn.Module):
             lambda part, piece, start, end: part.on_input(piece),
         )
         if any(isinstance(part, ModulePart) for _, _, parts in stretches for part in parts):
-            pieces = [self._instead(parts, call(start, end, x[start:end])) for start, end, parts in stretches]
-            y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            y = self._instead(call, x, segments)
         else:
-            y = self.base_layer(x, *others, **named)
+            y = replace(call, x=x).run(self.base_layer)
         if self.low_rank is not None:
-            y = add_low_rank_(y, x, self.low_rank, segments, row_keys)
+            y = add_low_rank_(y, x, self.low_rank, segments, call.row_keys)
         return _each(
             y,
             stretches,
             OutputPart,
-            lambda part, piece, start, end: part.on_output(piece, call(start, end, rows[start:end])),
+            lambda part, piece, start, end: part.on_output(piece, call.part(start, end, rows[start:end])),
         )
 
-    def _instead(self, parts: Iterable[Part], call: RowCall) -> Tensor:
-        own = next((part for part in parts if isinstance(part, ModulePart)), None)
-        y: Tensor = self.base_layer(call.x, *call.others) if own is None else own.instead(call)
-        return y
+    def _instead(self, call: RowCall, x: Tensor, segments: Segments) -> Any:
+        """Return what each owner's own module, or the frozen one, makes of its rows.
+
+        Adapted modules inside see some rows of the batch only, all of one owner: their route says so.
+        """
+        stretches = list(segments)
+        pieces = []
+        for start, end, owner in stretches:
+            own = next((part for part in self._parts.get(owner, []) if isinstance(part, ModulePart)), None)
+            part = call.part(start, end, x[start:end])
+            alone = len(stretches) == 1 or not self._has_children
+            with nullcontext() if alone else self._slot.use(Route(batch_owners=(owner,))):
+                pieces.append(part.run(self.base_layer) if own is None else own.instead(part))
+        return pieces[0] if len(pieces) == 1 else _joined(pieces)
 
 
-def _each(
-    rows: Tensor, stretches: list[_Stretch], kind: Any, change: Callable[[Any, Tensor, int, int], Tensor]
-) -> Tensor:
+def _joined(pieces: list[Any]) -> Any:
+    """Return the results for several stretches as one: rows behind rows, in each member of a tuple."""
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        return torch.cat(pieces)
+    if isinstance(first, tuple):
+        return tuple(_joined(list(members)) for members in zip(*pieces, strict=True))
+    if first is None:
+        return None
+    raise ConfigError(
+        f"a module returns a {type(first).__name__}, which cannot be put together from the rows of several adapters. Run "
+        "one adapter at a time."
+    )
+
+
+def _each(rows: Any, stretches: list[_Stretch], kind: Any, change: Callable[[Any, Tensor, int, int], Tensor]) -> Any:
     """Return the rows with the parts of one kind applied to each stretch, in the order in which they were put on."""
     if not any(isinstance(part, kind) for _, _, parts in stretches for part in parts):
         return rows
@@ -162,25 +214,20 @@ def _each(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _of_every_entry(ids: Tensor, route: Route) -> Tensor:
-    """Return the ids with a line for each entry of the route's batch: position ids may come once for all of them.
+def _of_every_entry(x: Tensor, route: Route, rows: Rows) -> Tensor:
+    """Return an input with a line for each entry of the route's batch: positions may come once for all of them.
 
     Raises:
-        RuntimeError: they are of another number of entries.
+        RuntimeError: they are ids of another number of entries.
     """
     count = 1 if route.batch_owners is None else len(route.batch_owners)
-    if count == 1 or ids.shape[0] == count:
-        return ids
-    if ids.dim() == 1 or ids.shape[0] != 1:
-        raise RuntimeError(f"an embedding got ids of shape {tuple(ids.shape)} for a batch of {count}")
-    return ids.expand(count, *ids.shape[1:])
-
-
-def _rows_of(other: object, row_count: int, start: int, end: int) -> object:
-    """Return a further argument for some rows: its own rows where it has one for each, itself otherwise."""
-    if isinstance(other, Tensor) and other.dim() > 0 and other.shape[0] == row_count:
-        return other[start:end]
-    return other
+    if count == 1 or x.shape[0] == count:
+        return x
+    if x.dim() > 1 and x.shape[0] == 1:
+        return x.expand(count, *x.shape[1:])
+    if rows is Rows.IDS:
+        raise RuntimeError(f"an embedding got ids of shape {tuple(x.shape)} for a batch of {count}")
+    return x
 
 
 def low_rank_of(pairs: list[tuple[int, LowRankPart]]) -> LowRank:
@@ -200,7 +247,8 @@ def low_rank_of(pairs: list[tuple[int, LowRankPart]]) -> LowRank:
 def rows_of(module: nn.Module) -> Rows:
     """Return what a row of a module's input is: known for embeddings and for what works on single vectors."""
     if isinstance(module, nn.Embedding):
-        return Rows.IDS
+        plain = len(inspect.signature(type(module).forward).parameters) == 2  # OPT's positions take a mask and more
+        return Rows.IDS if plain else Rows.FIRST
     name = type(module).__name__
     if isinstance(module, nn.Linear) or name == "Conv1D" or (name.endswith("Norm") and name != "GroupNorm"):
         return Rows.VECTORS

@@ -153,7 +153,7 @@ def _check_ranks(plans: Sequence[PairPlan], shapes: Sequence[tuple[int, int]]) -
 
 def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
     names = ("target_parameters", "trainable_token_indices", "ensure_weight_tying", "loraplus_lr_ratio")
-    given = [name for name in (*names, "modules_to_save") if getattr(settings, name)]
+    given = [name for name in names if getattr(settings, name)]
     given += ["init_lora_weights"] if settings.init_lora_weights not in (True, False, "gaussian") else []
     if given:
         raise ConfigError(list_problems("adapter", [f"{name}: is not available in this version." for name in given]))

@@ -13,12 +13,13 @@ is one file with its part and the function that builds it, and one line in build
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from onebase.errors import ConfigError
 from onebase.ops.memory import Memory
 
 
@@ -26,13 +27,52 @@ from onebase.ops.memory import Memory
 class RowCall:
     """One call of a module for the rows of one adapter: the frozen module, its input rows, and what keys their dropout.
 
-    `others` are the call's further arguments; `row_keys` is None where dropout is off.
+    `others` and `named` are the call's further arguments; `keyword` is the name under which `x` came, where it came
+    under one; `row_keys` is None where dropout is off.
     """
 
     module: nn.Module
     x: Tensor
     others: tuple[object, ...] = ()
     row_keys: Tensor | None = None
+    named: Mapping[str, object] = field(default_factory=dict)
+    keyword: str | None = None
+
+    def run(self, module: nn.Module) -> Any:
+        """Return what `module` makes of the call's arguments."""
+        if self.keyword is not None:
+            return module(**{self.keyword: self.x}, **self.named)
+        return module(self.x, *self.others, **self.named)
+
+    def part(self, start: int, end: int, x: Tensor) -> RowCall:
+        """Return the call for the rows from `start` to `end` alone, with `x` as their input."""
+        count = self.x.shape[0]
+        if (start, end) == (0, count):
+            return replace(self, x=x)
+        others = tuple(_rows_of(other, count, start, end) for other in self.others)
+        named = {name: _rows_of(other, count, start, end) for name, other in self.named.items()}
+        keys = None if self.row_keys is None else self.row_keys[start:end]
+        return replace(self, x=x, others=others, named=named, row_keys=keys)
+
+
+def _rows_of(other: object, count: int, start: int, end: int) -> object:
+    """Return a further argument for some rows: its own rows where it has one for each, itself otherwise.
+
+    Raises:
+        ConfigError: it is something that has rows in a way unknown here.
+    """
+    if isinstance(other, Tensor):
+        return other[start:end] if other.dim() > 0 and other.shape[0] == count else other
+    if isinstance(other, tuple | list):
+        return type(other)(_rows_of(item, count, start, end) for item in other)
+    if isinstance(other, Mapping):
+        return {name: _rows_of(item, count, start, end) for name, item in other.items()}
+    if other is None or isinstance(other, bool | int | float | str):
+        return other
+    raise ConfigError(
+        f"a batch of several adapters gives a module a {type(other).__name__}, which cannot be split between them. Run "
+        "one adapter at a time."
+    )
 
 
 @runtime_checkable
@@ -59,7 +99,7 @@ class InputPart(Part, Protocol):
 class ModulePart(Part, Protocol):
     """A part that stands in for its module."""
 
-    def instead(self, call: RowCall) -> Tensor:
+    def instead(self, call: RowCall) -> Any:
         """Return what the module would return if it were this adapter's own."""
 
 

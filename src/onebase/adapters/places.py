@@ -6,7 +6,7 @@ A bank makes one when it is made. Wrappers take the modules' places in the model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from onebase.base.model import Base
 from onebase.base.route import RowSpace
 from onebase.base.targets import list_targets
 from onebase.config.targeting import Targeted
+from onebase.errors import TargetError
 
 NORM = "norm"
 
@@ -31,6 +32,13 @@ class Places:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.modules: dict[str, nn.Module] = dict(base.model.named_modules())
+        self._children: dict[tuple[int, str], nn.Module] = {}
+        self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in self.modules.values():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self._children[id(parent), name] = child
+                    self._parents.setdefault(id(child), []).append((parent, name))
         order = {path: place for place, path in enumerate(self.modules)}
         candidates = [
             Candidate(path, target.kind if target.available else _unavailable(target.kind), target.role)
@@ -78,9 +86,46 @@ class Places:
         """Return the frozen module at a path."""
         return self.modules[path]
 
+    def put(self, path: str, module: nn.Module) -> None:
+        """Put a wrapper, or the frozen module itself, wherever the frozen module at `path` stands in the model.
+
+        Its parents are the frozen ones, whatever wraps them; a module that several parents share is replaced in all.
+        """
+        for parent, name in self._parents[id(self.modules[path])]:
+            setattr(parent, name, module)
+
+    def copy_of(self, path: str, tensors: Mapping[int, Tensor]) -> nn.Module:
+        """Return a copy of the structure of a frozen module, without any wrapper inside.
+
+        Its parameters and buffers are those of `tensors`, by the identity of the frozen one; others stay the frozen ones.
+        """
+        return self._copy(self.modules[path], tensors, {})
+
+    def _copy(self, module: nn.Module, tensors: Mapping[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
+        if id(module) not in made:
+            twin = made[id(module)] = bare_copy(module, tensors)
+            for name in module._modules:
+                child = self._children.get((id(module), name))
+                twin._modules[name] = None if child is None else self._copy(child, tensors, made)
+        return made[id(module)]
+
     def path_of(self, module: nn.Module | None) -> str | None:
         """Return where a frozen module is, None if it is nowhere."""
         return next((path for path, found in self.modules.items() if found is module and module is not None), None)
+
+    def choose_named(
+        self, names: str | Sequence[str], setting: str, reach: Reach, candidates: Sequence[Candidate] | None = None
+    ) -> tuple[str, ...]:
+        """Return the modules that another setting than target_modules names.
+
+        Raises:
+            TargetError: as in `choose`, under that setting's name.
+        """
+        candidates = self.candidates if candidates is None else candidates
+        try:
+            return choose_targets(candidates, names, model_name=self.base.name, reach=reach).paths
+        except TargetError as error:
+            raise TargetError(str(error).replace("adapter.target_modules", f"adapter.{setting}")) from None
 
     def choose(
         self,
@@ -110,6 +155,19 @@ class Places:
             model_name=self.base.name,
             reach=reach,
         )
+
+
+def bare_copy(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """Return a module like `module` with tensors exchanged by identity; its children are the same, in a list of its own."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = dict(module.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        own = {name: t if t is None else tensors.get(id(t), t) for name, t in module.__dict__[kind].items()}
+        twin.__dict__[kind] = own
+    twin.__dict__["_modules"] = dict(module._modules)
+    if isinstance(module, nn.RNNBase):  # it holds its weights a second time
+        twin.__dict__["_flat_weights"] = [getattr(twin, name) for name in module._flat_weights_names]
+    return twin
 
 
 def _is_norm(module: nn.Module) -> bool:
