@@ -252,3 +252,18 @@ def test_dropout_on_the_head_is_keyed_by_the_head_too():
     keys = bank.route(layout, label_rows=rows, dropout_step=3).row_keys
     expected = mix_rows(keys[RowSpace.TOKEN][rows], zlib.crc32(b"lm_head"))
     assert torch.equal(keys[RowSpace.LABEL], expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/etc", "a\\b", ".hidden", "a b", "x\0", "-r", "a" * 101, 3]
+)
+def test_a_name_that_could_lead_elsewhere_is_no_adapters(name):
+    bank = Bank(tiny.base_of("llama"))
+    with pytest.raises(ConfigError, match="an adapter's name must begin with a letter, digit or underscore"):
+        bank.add(name, Lora(r=2))
+    assert not bank.adapters
+
+
+@pytest.mark.parametrize("name", ["a", "_", "3", "math-v1.2", "Frage_\u00fc", "a@b+c"])
+def test_a_name_that_a_folder_may_have_is_an_adapters(name):
+    assert Bank(tiny.base_of("llama")).add(name, Lora(r=2)).name == name

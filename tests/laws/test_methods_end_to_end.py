@@ -10,6 +10,7 @@ import onebase as ob
 from onebase.adapters.build import BUILDERS
 from onebase.config.methods import METHODS
 from onebase.config.writing import dump_settings
+from onebase.errors import ConfigError
 from onebase.files.record import read_record
 from onebase.train.opening import open_adapter
 from onebase.train.stop import Stopped
@@ -26,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     name: {"method": name, **MORE.get(name, {})} for name, kind in METHODS.items() if kind in BUILDERS
 } | {
     "dora": {"method": "lora", "use_dora": True, "bias": "all", "r": 4},
+    "projected": {"method": "prefix-tuning", "num_virtual_tokens": 4, "prefix_projection": True},
 }
 STEPS = {"steps": 4, "batch_size": 4, "threads": 1}
 
@@ -62,7 +64,7 @@ def test_what_a_run_says_of_itself_names_the_method(finished: Path, shop: Worksh
     assert record is not None and record.method == adapter["method"]
     assert f"({kind.title})" in (finished / "adapter" / "README.md").read_text(encoding="utf-8")
     stored = runs.result_of(finished)
-    assert stored.adapter_bytes > 4 * stored.trainable_parameters
+    assert stored.adapter_bytes > 4 * stored.trainable_parameters or finished.name == "projected"
     assert adapter["method"] in invoke("runs", finished.parent).stdout
 
 
@@ -103,6 +105,10 @@ def test_python_opens_it_and_saves_it_again_byte_for_byte(finished: Path, shop: 
 
 def test_it_is_where_another_run_starts(finished: Path, shop: Workshop, tmp_path: Path) -> None:
     adapter = VARIANTS[finished.name] | {"init_from": str(finished)}
+    if adapter.get("prefix_projection"):
+        with pytest.raises(ConfigError, match="prefix_projection: false"):
+            runs.run(settings_of(shop, adapter), tmp_path / "other")
+        adapter["prefix_projection"] = False
     watching = Watching()
     runs.run(settings_of(shop, adapter), tmp_path / "run", watching=watching)
     assert watching.scores[0][1].loss == pytest.approx(runs.result_of(finished).valid_loss, rel=1e-6)

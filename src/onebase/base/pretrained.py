@@ -377,3 +377,17 @@ def generation_config_of(model: Any) -> Any:
 
     config = getattr(model, "generation_config", None)
     return GenerationConfig() if config is None else config
+
+
+def renamed_path(model: Any, path: str) -> str:
+    """Return where a module is now that an older transformers had at `path`; the path itself where nothing says so."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before transformers 5 there was nothing to rename
+        return path
+    if not hasattr(model, "config"):
+        return path
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    renamed: str = rename_source_key(path, renamings, [])[0]
+    return renamed

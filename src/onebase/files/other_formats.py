@@ -101,11 +101,12 @@ def _write_prompt(settings: PromptTuning, placement: Placement) -> dict[str, Any
 
 
 def _write_prefix(settings: PrefixTuning, placement: Placement) -> dict[str, Any]:
+    # no projection: the tensor is what it made, and peft would begin another one to train it further
     return _NO_SHAPES | {
-        "encoder_hidden_size": settings.encoder_hidden_size,
+        "encoder_hidden_size": None,
         "modules_to_save": None,
         "num_virtual_tokens": settings.num_virtual_tokens,
-        "prefix_projection": settings.prefix_projection,
+        "prefix_projection": False,
     }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from onebase.adapters.bank import Adapter, Bank
+from onebase.base import pretrained
 from onebase.base.model import Base, load
 from onebase.errors import FileFormatError, ModelError
 from onebase.files.peft_format import StoredAdapter, read_adapter
@@ -63,9 +64,37 @@ def put_on(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool = Fal
         FileFormatError: it was trained on another base, unless `allow_base_mismatch`; or its tensors do not fit.
     """
     check_base(base, stored, allow_base_mismatch=allow_base_mismatch)
+    stored = with_present_paths(base, stored)
     bank = Bank(base)
     seed = None if stored.record is None else stored.record.seed
     return bank, bank.add(ADAPTER, stored.settings, seed=seed or 0, tensors=stored.tensors)
+
+
+def with_present_paths(base: Base, stored: StoredAdapter) -> StoredAdapter:
+    """Return an adapter with its modules under the paths that they have in this base.
+
+    transformers 5 renamed parts of some models; an adapter from before names them as they were called then.
+    """
+    there = {name for name, _ in base.model.named_modules()}
+    kept = tuple(getattr(stored.settings, "modules_to_save", None) or ())
+    moved = {path: pretrained.renamed_path(base.model, path) for path in (*stored.module_paths, *kept)}
+    moved = {old: new for old, new in moved.items() if old not in there and new in there and new != old}
+    if not moved:
+        return stored
+    own = {name: getattr(stored.settings, name, None) for name in ("target_modules", "modules_to_save")}
+    update = {name: [moved.get(path, path) for path in paths] for name, paths in own.items() if isinstance(paths, list)}
+    return replace(
+        stored,
+        settings=stored.settings.model_copy(update=update),
+        tensors={_moved(name, moved): tensor for name, tensor in stored.tensors.items()},
+        module_paths=tuple(moved.get(path, path) for path in stored.module_paths),
+    )
+
+
+def _moved(name: str, moved: Mapping[str, str]) -> str:
+    """Return a tensor's name with the path that it begins with replaced."""
+    old = next((path for path in moved if name.startswith(f"{path}.")), None)
+    return name if old is None else moved[old] + name.removeprefix(old)
 
 
 def check_base(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool) -> None:

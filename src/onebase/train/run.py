@@ -39,7 +39,7 @@ from onebase.train.capacity import fit_budget
 from onebase.train.data import load_data
 from onebase.train.loop import Loop, restore_best_
 from onebase.train.member import Member
-from onebase.train.opening import ADAPTER, check_base
+from onebase.train.opening import ADAPTER, check_base, with_present_paths
 from onebase.train.progress import Plan, Progress, Quiet
 from onebase.train.saving import save_run_adapter
 from onebase.train.schedule import never_due
@@ -144,7 +144,13 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
                 f"adapter.init_from: {source} is an adapter of {stored.settings.method}, these settings are of "
                 f"{settings.adapter.method}. Set adapter.method: {stored.settings.method}, or start without it."
             )
+        if getattr(settings.adapter, "prefix_projection", False):
+            raise ConfigError(
+                f"adapter.init_from: {source} holds the keys and values that a projection made, not the projection. "
+                "Set adapter.prefix_projection: false to train them further."
+            )
         check_base(bank.base, stored, allow_base_mismatch=True)
+        stored = with_present_paths(bank.base, stored)
         tensors = stored.tensors
     adapter = bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
     if source is not None and isinstance(stored.settings, Lora):

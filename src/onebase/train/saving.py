@@ -57,7 +57,7 @@ def write(
     write_adapter(
         folder,
         adapter.settings,
-        {name: tensor.cpu() for name, tensor in adapter.state.items()},
+        {name: tensor.cpu() for name, tensor in adapter.file_tensors.items()},
         placement=placement_of(base, adapter),
         base_path=str(base.folder or base.name),
         record=AdapterRecord(

@@ -1,0 +1,128 @@
+"""What is checked and put right when an adapter of PEFT's meets its base: paths, copies of weights, heads, methods."""
+
+import json
+import shutil
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from onebase.adapters.bank import Bank
+from onebase.base.model import Base
+from onebase.config.methods import Ia3, Lora
+from onebase.errors import ConfigError, FileFormatError, TargetError
+from onebase.files.peft_format import read_adapter
+from onebase.train import saving
+from onebase.train.opening import put_on
+from tests import tiny
+from tests.train import runs
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+TEXT = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def base_on(model: Any) -> Base:
+    return Base(model.eval().requires_grad_(False), None, name="tiny", folder=None, fingerprint="0" * 64)
+
+
+def llava() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = transformers.LlamaConfig(**TEXT)
+        vision = transformers.CLIPVisionConfig(**VISION, image_size=8, patch_size=4)
+        config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=60)
+        return transformers.LlavaForConditionalGeneration(config)
+
+
+def classifier() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForSequenceClassification(
+            transformers.LlamaConfig(**TEXT, num_labels=3, pad_token_id=0)
+        )
+
+
+def change(folder: Any, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rename(folder: Any, *pairs: tuple[str, str]) -> None:
+    """Replace the beginnings of the keys in a tensor file."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for old, new in pairs:
+        tensors = {
+            "base_model.model." + new + key.removeprefix("base_model.model." + old)
+            if key.startswith("base_model.model." + old)
+            else key: tensor
+            for key, tensor in tensors.items()
+        }
+    save_file(tensors, path)
+
+
+def test_an_adapter_from_before_transformers_5_goes_where_its_modules_are_now(tmp_path):
+    bank = Bank(base_on(llava()))
+    adapter = bank.add("one", Lora(r=2, target_modules=["q_proj", "down_proj"]))
+    tiny.fill_(adapter)
+    saving.write(tmp_path, bank.base, adapter, task="chat")
+    rename(
+        tmp_path,
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+    )
+    stored = read_adapter(tmp_path)
+    assert not [name for name in stored.tensors if name.startswith("model.")]
+    _, opened = put_on(base_on(llava()), stored)
+    assert {name: tensor.tolist() for name, tensor in opened.state.items()} == {
+        name: tensor.tolist() for name, tensor in adapter.state.items()
+    }
+
+
+def test_modules_that_this_base_never_had_are_named(tmp_path):
+    bank = Bank(tiny.base_of("llama"))
+    adapter = bank.add("one", Lora(r=2, target_modules=["q_proj"]))
+    saving.write(tmp_path, bank.base, adapter, task="chat")
+    rename(tmp_path, ("model.layers.1.", "model.layers.7."))
+    with pytest.raises(TargetError, match=r"model\.layers\.7\.self_attn\.q_proj"):
+        put_on(tiny.base_of("llama"), read_adapter(tmp_path))
+
+
+@pytest.mark.parametrize("spoil", [lambda w: w.add_(0.1), lambda w: torch.cat([w, w[:3]])])
+def test_a_weight_of_the_base_beside_the_adapter_must_be_the_bases(tmp_path, spoil):
+    model = tiny.model_of("llama")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens", "q_proj"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    put_on(tiny.base_of("llama"), read_adapter(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    path, key = tmp_path / "b" / "adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors = load_file(path)
+    save_file(tensors | {key: spoil(tensors[key].clone())}, path)
+    with pytest.raises(FileFormatError, match=r"holds model\.embed_tokens\.weight \(6[14], 32\) beside the adapter"):
+        put_on(tiny.base_of("llama"), read_adapter(tmp_path / "b"))
+
+
+def test_the_head_of_a_classifier_is_read_though_nobody_asked_peft_to_save_it(tmp_path):
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    wrapped = peft.get_peft_model(classifier(), config)
+    wrapped.save_pretrained(tmp_path)
+    stored = read_adapter(tmp_path)
+    assert isinstance(stored.settings, Lora) and stored.settings.modules_to_save == ["score"]
+    assert stored.tensors["score.weight"].shape == (3, 32)
+    assert not [note for note in stored.notes if "task_type" in note]
+
+
+def test_a_warm_start_from_another_method_is_refused(tmp_path):
+    shop = runs.workshop(tmp_path)
+    with runs.own_home(tmp_path / "home"):
+        bank = Bank(tiny.base_of("llama"))
+        saving.write(tmp_path / "old", bank.base, bank.add("one", Ia3()), task="chat")
+        change(tmp_path / "old", base_model_name_or_path=str(shop.model))
+        (tmp_path / "old" / "onebase.json").unlink()
+        settings = shop.settings(adapter={"init_from": str(tmp_path / "old")}, train={"steps": 1})
+        with pytest.raises(ConfigError, match=r"is an adapter of ia3, these settings are of lora.*method: ia3"):
+            runs.run(settings, tmp_path / "run")
