@@ -255,7 +255,7 @@ def test_dropout_on_the_head_is_keyed_by_the_head_too():
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "/etc", "a\\b", ".hidden", "a b", "x\0", "-r", "a" * 101, 3]
+    "name", ["", ".", "..", "../x", "a/b", "/etc", "a\\b", ".hidden", "a b", "x\0", "-r", "a" * 101]
 )
 def test_a_name_that_could_lead_elsewhere_is_no_adapters(name):
     bank = Bank(tiny.base_of("llama"))
