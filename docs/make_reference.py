@@ -20,6 +20,7 @@ from onebase.cli.app import app
 from onebase.config.foreign import ABSENT, OURS
 from onebase.config.methods import METHODS
 from onebase.config.writing import describe_settings
+from onebase.files.peft_config import FORMAT_OF
 
 DOCS = Path(__file__).parent
 _KINDS = {Path: "a path", str: "text", float: "a number", int: "a whole number"}
@@ -45,6 +46,20 @@ def settings_tables() -> str:
             cells = ((f"`{row.name}`", row.type, row.default, row.help) for row in own if row.method == method)
             parts.append(_table(("setting", "takes", "default", "what it does"), cells))
     return "\n\n".join(parts)
+
+
+def methods_table() -> str:
+    """Return a table of the methods: what each is, its learning rate, its format."""
+    rows = (
+        (
+            f"`{name}`",
+            (kind.__doc__ or "").splitlines()[0],
+            f"{kind.default_learning_rate:g}",
+            FORMAT_OF[kind].peft_type,
+        )
+        for name, kind in METHODS.items()
+    )
+    return _table(("method", "what it is", "learning rate", "format"), rows)
 
 
 def foreign_tables() -> str:
@@ -117,6 +132,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 PARTS = {
+    "methods.md": {"methods": methods_table},
     "settings.md": {"settings": settings_tables, "other tools' names": foreign_tables},
     "cli.md": {"commands": commands},
 }
