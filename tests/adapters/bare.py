@@ -15,6 +15,7 @@ from onebase.adapters.places import Places
 from onebase.base.model import Base
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.config.methods import Lora
+from onebase.errors import TargetError
 
 
 def draws(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -52,6 +53,8 @@ class Bare:
     ) -> Any:
         """Put an adapter on; `dtype` turns its tensors, `size` fills them with normal numbers (magnitudes: around their own)."""
         built = build(self.places, Lora(**({"target_modules": ["layer"]} | settings)), seed)
+        if built.refusals:
+            raise TargetError(" ".join(built.refusals))
         draws = torch.Generator().manual_seed(seed + 1)
         for part in built.parts:
             for name, parameter in part.parameters():

@@ -22,7 +22,7 @@ from onebase.adapters.places import Places
 from onebase.base.model import Base, padded_rows, padded_segments
 from onebase.base.route import Route, RowSpace
 from onebase.config.methods import AdapterSettings
-from onebase.errors import ConfigError, FileFormatError, list_problems
+from onebase.errors import ConfigError, FileFormatError, TargetError, list_problems
 from onebase.ops.keyed import mix_rows
 from onebase.ops.layout import NO_PARENT, Layout
 from onebase.ops.loss import HeadRecord
@@ -76,6 +76,7 @@ class Adapter:
         """The tensors that a file of this adapter holds, by name: its state, or what a part says instead."""
         files = [part for part in self.parts if isinstance(part, FilePart)]
         inside = {name for part in files for name, _ in part.parameters()}
+        inside |= {n for part in files if isinstance(part, PartWithConstants) for n, _ in part.constants()}
         rest = {name: tensor for name, tensor in self.state.items() if name not in inside}
         return rest | {name: tensor for part in files for name, tensor in part.file_tensors()}
 
@@ -139,6 +140,8 @@ class Bank:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
         settings, notes = settings_of(settings, tensors)
         built = build(self.places, settings, seed)
+        if built.refusals and tensors is None:
+            raise TargetError(list_problems("adapter", built.refusals))
         adapter = Adapter(
             name, settings, seed, built.parts, built.target_paths, (*notes, *built.warnings), built.virtual_tokens
         )

@@ -232,14 +232,24 @@ def _of_every_entry(x: Tensor, route: Route, rows: Rows) -> Tensor:
 
 def low_rank_of(pairs: list[tuple[int, LowRankPart]]) -> LowRank:
     """Return the pairs of one layer, each with its owner's number, as the routed operation takes them."""
-    pair_of_owner = torch.full((max(owner for owner, _ in pairs) + 1,), NO_OWNER, dtype=torch.int64)
-    for index, (owner, _) in enumerate(pairs):
+    plain = [(owner, part) for owner, part in pairs if part.start is None]
+    if len(plain) < len(pairs):
+        starts = [(owner, part, part.start) for owner, part in pairs if part.start is not None]
+        now = _low_rank_of([(owner, part, part.lora_A, part.lora_B) for owner, part, _ in starts])
+        first = _low_rank_of([(owner, part, A, B) for owner, part, (A, B) in starts])
+        return replace(low_rank_of(plain), started=(now, first))
+    return _low_rank_of([(owner, part, part.lora_A, part.lora_B) for owner, part in pairs])
+
+
+def _low_rank_of(pairs: list[tuple[int, LowRankPart, Tensor, Tensor]]) -> LowRank:
+    pair_of_owner = torch.full((max((owner for owner, *_ in pairs), default=-1) + 1,), NO_OWNER, dtype=torch.int64)
+    for index, (owner, *_) in enumerate(pairs):
         pair_of_owner[owner] = index
     return LowRank(
-        lora_A=tuple(part.lora_A for _, part in pairs),
-        lora_B=tuple(part.lora_B for _, part in pairs),
-        scaling=torch.tensor([part.scaling for _, part in pairs], dtype=torch.float64),
-        dropout=torch.tensor([part.dropout for _, part in pairs], dtype=torch.float64),
+        lora_A=tuple(A for _, _, A, _ in pairs),
+        lora_B=tuple(B for _, _, _, B in pairs),
+        scaling=torch.tensor([part.scaling for _, part, *_ in pairs], dtype=torch.float64),
+        dropout=torch.tensor([part.dropout for _, part, *_ in pairs], dtype=torch.float64),
         pair_of_owner=pair_of_owner,
     )
 

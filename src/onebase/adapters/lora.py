@@ -10,6 +10,7 @@ have files of their own. Here too: what the settings mean for each layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onebase.adapters import start
 from onebase.adapters.conv import make_conv
-from onebase.adapters.dense import add_product_
+from onebase.adapters.dense import add_product_, dense_weight
 from onebase.adapters.dora import make_magnitude
 from onebase.adapters.embedding import make_embedding
 from onebase.adapters.matching import Reach, check_patterns, for_path
@@ -40,6 +42,8 @@ class LoraPart:
     lora_alpha: float
     scaling: float
     dropout: float
+    start: tuple[Tensor, Tensor] | None = None
+    """A and B as they began, where the update is what has been added to that (adapters/start.py)."""
 
     @property
     def r(self) -> int:
@@ -52,8 +56,23 @@ class LoraPart:
         yield f"{self.path}.lora_B.weight", self.lora_B
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A as (r, in) and B as (out, r), so that scaling * B @ A is what the dense weight gets."""
-        return self.lora_A.detach(), self.lora_B.detach()
+        """Return A as (r, in) and B as (out, r), so that scaling * B @ A is what the dense weight gets; 2r with a start."""
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        if self.start is None:
+            return A, B
+        return torch.cat([A, self.start[0].to(A.dtype)]), torch.cat([B, -self.start[1].to(B.dtype)], 1)
+
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the start, where it is taken off."""
+        if self.start is not None:
+            yield f"{self.path}.lora_A.start", self.start[0]
+            yield f"{self.path}.lora_B.start", self.start[1]
+
+    def file_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the pair as PEFT knows pairs: with a start, one of rank 2r that is the difference."""
+        A, B = self.factors()
+        yield f"{self.path}.lora_A.weight", A
+        yield f"{self.path}.lora_B.weight", B
 
     @torch.no_grad()
     def merge_(self, module: nn.Module) -> None:
@@ -80,9 +99,10 @@ def build(places: Places, settings: Lora, seed: int) -> Built:
     check_patterns(patterns, match.paths, places.base.name)
     plans = [plan_of(settings, path, seed) for path in match.paths]
     shapes = [matrix_shape(places.module(path)) for path in match.paths]
-    _check_ranks(plans, shapes)
+    _check_starts(places, settings, match.paths)
     numbers = sum(plan.r * sum(shape) for plan, shape in zip(plans, shapes, strict=True))
-    memory.check_room_for("the adapter", 4 * numbers, "Set a smaller adapter.r, or fewer target_modules.")
+    copies = 2 if start.takes_from_base(settings.init_lora_weights) else 1
+    memory.check_room_for("the adapter", 4 * copies * numbers, "Set a smaller adapter.r, or fewer target_modules.")
     parts: list[Part] = []
     for plan in plans:
         module = places.module(plan.path)
@@ -90,7 +110,7 @@ def build(places: Places, settings: Lora, seed: int) -> Built:
         parts.append(part)
         if settings.use_dora:
             parts.append(make_magnitude(part, module, places.squares(plan.path)))
-    return Built(tuple(parts), match.paths, match.warnings)
+    return Built(tuple(parts), match.paths, match.warnings, refusals=_too_large(plans, shapes))
 
 
 def plan_of(settings: Lora, path: str, seed: int) -> PairPlan:
@@ -111,8 +131,13 @@ def make_linear(plan: PairPlan, module: Any) -> LoraPart:
     """Return a new pair for a linear layer, transposed or not."""
     outputs, inputs = matrix_shape(module)
     lora_A, lora_B = torch.empty(plan.r, inputs), torch.zeros(outputs, plan.r)
-    initialise_(lora_A, lora_B, plan.init, plan.r, plan.generator())
     device = module.weight.device
+    if plan.init in start.PLAIN:
+        initialise_(lora_A, lora_B, plan.init, plan.r, plan.generator())
+    else:
+        dense = dense_weight(module, plan.path)
+        lora_A, lora_B = start.first_pair(str(plan.init), dense, plan.r, plan.scaling, plan.generator())
+    first = (lora_A.to(device, copy=True), lora_B.to(device, copy=True)) if start.takes_from_base(plan.init) else None
     return LoraPart(
         path=plan.path,
         lora_A=nn.Parameter(lora_A.to(device)),
@@ -120,11 +145,13 @@ def make_linear(plan: PairPlan, module: Any) -> LoraPart:
         lora_alpha=plan.lora_alpha,
         scaling=plan.scaling,
         dropout=plan.dropout,
+        start=first,
     )
 
 
+_LINEAR = ("linear", "transposed-linear")
 _MAKERS: dict[str, Callable[[PairPlan, Any], Any]] = {
-    **dict.fromkeys(("linear", "transposed-linear"), make_linear),
+    **dict.fromkeys(_LINEAR, make_linear),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), make_conv),
     "embedding": make_embedding,
 }
@@ -133,12 +160,8 @@ _MAKERS: dict[str, Callable[[PairPlan, Any], Any]] = {
 REACH = Reach("LoRA", "linear layers, convolutions and embeddings", frozenset(_MAKERS))
 
 
-def _check_ranks(plans: Sequence[PairPlan], shapes: Sequence[tuple[int, int]]) -> None:
-    """Raise if a pair has more rank than its layer has room for: it would say nothing more and cost more.
-
-    Raises:
-        TargetError: every layer that is too small, by name.
-    """
+def _too_large(plans: Sequence[PairPlan], shapes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """Return a sentence for each layer that has no room for its pair's rank: more would say nothing more."""
     small: dict[str, str] = {}
     for plan, (outputs, inputs) in zip(plans, shapes, strict=True):
         most, name = min(outputs, inputs), plan.path.rpartition(".")[2]
@@ -147,13 +170,43 @@ def _check_ranks(plans: Sequence[PairPlan], shapes: Sequence[tuple[int, int]]) -
                 f"adapter.r: {plan.r} is larger than {plan.path} ({outputs} x {inputs}) has room for, which is {most}. "
                 f"Set adapter.rank_pattern: {{{name}: {most}}}, or a smaller adapter.r."
             )
-    if small:
-        raise TargetError(list_problems("adapter", list(small.values())))
+    return tuple(small.values())
+
+
+def _check_starts(places: Places, settings: Lora, paths: Sequence[str]) -> None:
+    """Raise if a layer cannot start as the settings say.
+
+    Raises:
+        TargetError: the layers that are no linear ones.
+    """
+    init = settings.init_lora_weights
+    kinds = {path.rpartition(".")[2]: kind for path in paths if (kind := places.kind(path)) not in _LINEAR}
+    if init not in start.PLAIN and kinds:
+        listed = ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items()))
+        raise TargetError(
+            f"adapter.init_lora_weights: {init} starts pairs on linear layers, not on {listed}. Set it to true or gaussian, "
+            "or leave these out: adapter.exclude_modules."
+        )
+
+
+def settings_in_file(settings: Lora) -> Lora:
+    """Return the settings as an adapter's file has them: a pair with a start is there a plain one of rank 2r, so scaled."""
+    if not start.takes_from_base(settings.init_lora_weights):
+        return settings
+    double = math.sqrt(2) if settings.use_rslora else 2
+    return settings.model_copy(
+        update={
+            "r": 2 * settings.r,
+            "lora_alpha": double * settings.lora_alpha,
+            "rank_pattern": {key: 2 * r for key, r in settings.rank_pattern.items()},
+            "alpha_pattern": {key: double * alpha for key, alpha in settings.alpha_pattern.items()},
+            "init_lora_weights": True,
+        }
+    )
 
 
 def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
     names = ("target_parameters", "trainable_token_indices", "ensure_weight_tying", "loraplus_lr_ratio")
     given = [name for name in names if getattr(settings, name)]
-    given += ["init_lora_weights"] if settings.init_lora_weights not in (True, False, "gaussian") else []
     if given:
         raise ConfigError(list_problems("adapter", [f"{name}: is not available in this version." for name in given]))

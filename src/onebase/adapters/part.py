@@ -111,6 +111,8 @@ class LowRankPart(Part, Protocol):
     lora_B: nn.Parameter
     scaling: float
     dropout: float
+    start: tuple[Tensor, Tensor] | None
+    """A and B whose product is taken off again (PiSSA, OLoRA)."""
 
 
 @runtime_checkable
@@ -161,4 +163,6 @@ class Built:
     target_paths: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     virtual_tokens: int = 0
+    refusals: tuple[str, ...] = ()
+    """Why a new adapter must not be so; one that was trained so is taken."""
     extras: dict[str, object] = field(default_factory=dict)

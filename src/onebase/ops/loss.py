@@ -70,7 +70,7 @@ class HeadRecord:
         parts = [self.weight, *(() if self.bias is None else (self.bias,))]
         parts += self.learned
         if self.update is not None:
-            parts += [*self.update.lora_A, *self.update.lora_B]
+            parts += self.update.weights
         return tuple(part for part in parts if part.requires_grad)
 
 

@@ -38,6 +38,13 @@ class LowRank:
     scaling: Float[Tensor, " pairs"]
     dropout: Float[Tensor, " pairs"]
     pair_of_owner: Int64[Tensor, " owners"]
+    started: tuple[LowRank, LowRank] | None = None
+    """Pairs of other owners, and what is taken off them: their own starts (PiSSA, OLoRA)."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """All trained tensors."""
+        return (*self.lora_A, *self.lora_B, *(() if self.started is None else self.started[0].weights))
 
 
 def reference(
@@ -47,7 +54,7 @@ def reference(
     segments: Segments,
     row_keys: Int64[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "rows out"]:
-    """Return y + scaling * B A (m * x) row by row: the meaning of `add_low_rank_`, as a loop.
+    """Return y + scaling * B A (m * x) row by row, less what `started` takes off: `add_low_rank_`'s meaning, as a loop.
 
     Source: LoRA, arXiv:2106.09685 eq. 3.
     """
@@ -64,7 +71,12 @@ def reference(
             piece = piece + float(low_rank.scaling[pair]) * update
         pieces.append(piece)
     pieces.append(y[segments.row_count :])
-    return torch.cat(pieces)
+    result = torch.cat(pieces)
+    if low_rank.started is not None:
+        nothing = torch.zeros_like(result)
+        now, first = (reference(nothing, x, pairs, segments, row_keys) for pairs in low_rank.started)
+        result = result + (now - first)
+    return result
 
 
 def add_low_rank_(
@@ -81,8 +93,12 @@ def add_low_rank_(
     """
     index = [low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner, segments.offsets, segments.owners]
     index += [] if row_keys is None else [row_keys]
-    result: Tensor = _AddLowRank.apply(y, x, index, len(low_rank.lora_A), *low_rank.lora_A, *low_rank.lora_B)  # type: ignore[no-untyped-call]
-    return result
+    if low_rank.lora_A:
+        y = _AddLowRank.apply(y, x, index, len(low_rank.lora_A), *low_rank.lora_A, *low_rank.lora_B)  # type: ignore[no-untyped-call]
+    if low_rank.started is not None:  # two like products from zero differ in no bit while nothing is learned
+        now, first = (add_low_rank_(torch.zeros_like(y), x, pairs, segments, row_keys) for pairs in low_rank.started)
+        y = y + (now - first)
+    return y
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -102,8 +118,10 @@ class _AddLowRank(torch.autograd.Function):
         x, h, *others = ctx.saved_tensors
         lora_A, lora_B, index = others[: ctx.pairs], others[ctx.pairs : 2 * ctx.pairs], others[2 * ctx.pairs :]
         need_dx = ctx.needs_input_grad[1]
-        dx, *grads = torch.ops.onebase.low_rank_backward(grad.contiguous(), x, h, lora_A, lora_B, index, need_dx)
-        return grad, dx if need_dx else None, None, None, *grads
+        need_dw = any(ctx.needs_input_grad[4:])
+        needs = [need_dx, need_dw]
+        dx, *grads = torch.ops.onebase.low_rank_backward(grad.contiguous(), x, h, lora_A, lora_B, index, needs)
+        return grad, dx if need_dx else None, None, None, *(grads if need_dw else [None] * len(grads))
 
 
 @dataclass(frozen=True)
@@ -163,7 +181,7 @@ def _(y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], 
     "onebase::low_rank_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad, Tensor x, Tensor h, Tensor[] lora_A, Tensor[] lora_B, Tensor[] index, bool need_dx) -> Tensor[]"
+        "(Tensor grad, Tensor x, Tensor h, Tensor[] lora_A, Tensor[] lora_B, Tensor[] index, bool[] needs) -> Tensor[]"
     ),
 )
 def _backward(
@@ -173,9 +191,10 @@ def _backward(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     index: Sequence[Tensor],
-    need_dx: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Return [dx, dA of every pair, dB of every pair]; dx is empty unless `need_dx`."""
+    """Return [dx, dA of every pair, dB of every pair]; `needs` says whether dx, and whether the others are filled."""
+    need_dx, need_dw = needs
     dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
     dA = [torch.zeros_like(A) for A in lora_A]
     dB = [torch.zeros_like(B) for B in lora_B]
@@ -184,8 +203,9 @@ def _backward(
         A, B = lora_A[pair].to(grad.dtype), lora_B[pair].to(grad.dtype)
         g, h_rows = grad[start:end], h[start:end, : A.shape[0]]
         dh = (g @ B).mul_(numbers.scaling[pair])
-        dA[pair] += dh.T @ numbers.dropped(x[start:end], start, end, pair)
-        dB[pair] += (h_rows.T @ g).T * numbers.scaling[pair]
+        if need_dw:
+            dA[pair] += dh.T @ numbers.dropped(x[start:end], start, end, pair)
+            dB[pair] += (h_rows.T @ g).T * numbers.scaling[pair]
         if need_dx:
             torch.mm(dh, A, out=dx[start:end])
             mask = numbers.mask(start, end, pair, x.shape[1])
@@ -202,9 +222,9 @@ def _(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     index: Sequence[Tensor],
-    need_dx: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
     return [dx, *(torch.empty_like(A) for A in lora_A), *(torch.empty_like(B) for B in lora_B)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import onebase
 from onebase.adapters.bank import Adapter
+from onebase.adapters.lora import settings_in_file
 from onebase.adapters.matching import matches
 from onebase.base.model import Base
 from onebase.config.methods import Lora
@@ -56,7 +57,7 @@ def write(
     """
     write_adapter(
         folder,
-        adapter.settings,
+        settings_in_file(adapter.settings) if isinstance(adapter.settings, Lora) else adapter.settings,
         {name: tensor.cpu() for name, tensor in adapter.file_tensors.items()},
         placement=placement_of(base, adapter),
         base_path=str(base.folder or base.name),
