@@ -28,8 +28,9 @@ def test_both_operations_keep_what_their_schemas_promise(with_keys):
     index, (lora_A, lora_B) = index_of(low_rank, segments, keys), detached(low_rank)
     x, y = numbers(6, 5, dtype=torch.float32), numbers(6, 6, seed=2, dtype=torch.float32)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.onebase.low_rank_backward.default, (y, x, numbers(6, 3, dtype=torch.float32), lora_A, lora_B, index, True), test_utils=checks)  # fmt: skip
-    torch.library.opcheck(torch.ops.onebase.low_rank_backward.default, (y, x, numbers(6, 3, dtype=torch.float32), lora_A, lora_B, index, False), test_utils="test_schema")  # fmt: skip
+    torch.library.opcheck(torch.ops.onebase.low_rank_backward.default, (y, x, numbers(6, 3, dtype=torch.float32), lora_A, lora_B, index, [True, True]), test_utils=checks)  # fmt: skip
+    torch.library.opcheck(torch.ops.onebase.low_rank_backward.default, (y, x, numbers(6, 3, dtype=torch.float32), lora_A, lora_B, index, [False, True]), test_utils="test_schema")  # fmt: skip
+    torch.library.opcheck(torch.ops.onebase.low_rank_backward.default, (y, x, numbers(6, 3, dtype=torch.float32), lora_A, lora_B, index, [True, False]), test_utils=checks)  # fmt: skip
     # h is written where a row has an owner alone, so its other numbers differ from call to call: shapes only
     torch.library.opcheck(torch.ops.onebase.low_rank_forward.default, (y, x, lora_A, lora_B, index), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
 
