@@ -124,3 +124,35 @@ def test_a_single_token_sees_itself():
     query, key, value = (p.detach() for p in qkv(layout, 2, 2))
     out = flat_attention(query, key, value, layout, AttentionRule(True))
     torch.testing.assert_close(out, value.transpose(0, 1), **EXACT)
+
+
+@settings(max_examples=40)
+@given(layouts(most_nodes=4), rules(), st.sampled_from([(4, 2), (2, 2)]))
+def test_attention_with_a_mask_of_its_own_equals_the_reference_and_padding_holds_no_nan(layout, rule, heads):
+    """The tree as one mask over the flat row, beside an entry of nothing but padding."""
+    query, key, value = (part.detach() for part in qkv(layout, *heads))
+    mask = torch.zeros(2, 1, layout.token_count, layout.token_count, dtype=torch.bool)
+    for index, node in enumerate(layout.nodes):
+        start, line = layout.starts[index], line_of(layout, index)
+        for place in range(node.length):
+            here = len(line) - node.length + place
+            for there, row in enumerate(line):
+                before = here - there
+                near = rule.window is None or (before < rule.window and (rule.causal or before > -rule.window))
+                mask[0, 0, start + place, row] = near and (before >= 0 or not rule.causal)
+    twice = [torch.stack([part, part]) for part in (query, key, value)]
+    out = attention.masked_attention(*twice, mask, rule)
+    torch.testing.assert_close(out[0], reference(query, key, value, layout, rule), **EXACT)
+    assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_without_a_mask_several_queries_are_causal_and_a_single_one_sees_everything(soft_cap):
+    layout = Layout([Node(7)])
+    query, key, value = (part.detach() for part in qkv(layout, 4, 2))
+    rule = AttentionRule(True, soft_cap=soft_cap)
+    expected = reference(query, key, value, layout, rule)
+    whole = attention.masked_attention(query[None], key[None], value[None], None, rule)
+    last = attention.masked_attention(query[None, :, -1:], key[None], value[None], None, rule)
+    torch.testing.assert_close(whole[0], expected, **EXACT)
+    torch.testing.assert_close(last[0], expected[-1:], **EXACT)

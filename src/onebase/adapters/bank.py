@@ -225,8 +225,11 @@ class Bank:
             if node.virtual != count:
                 raise ValueError(f"a sequence of {node.owner!r} begins with {node.virtual} virtual tokens, not {count}")
             places.setdefault(node.owner, []).append((0, start))
+        return self._memories_at({owner: tuple(starts) for owner, starts in places.items()})
+
+    def _memories_at(self, places: Mapping[str, tuple[tuple[int, int], ...] | None]) -> tuple[Memory, ...]:
         return tuple(
-            part.memory(tuple(starts))
+            part.memory(starts)
             for owner, starts in places.items()
             for part in self._adapters[owner].parts
             if isinstance(part, MemoryPart)
@@ -245,17 +248,29 @@ class Bank:
         limit = self.base.max_length
         return None if limit is None else limit - len(self.virtual_ids(name))
 
-    def sole_route(self, name: str | None) -> Route:
+    def sole_route(self, name: str | None, virtual_starts: Sequence[int] | None = None) -> Route:
         """Return the route that gives every row to one adapter (None: to the base alone), whatever the batch."""
-        return self.batch_route([name])
+        return self.batch_route([name], virtual_starts)
 
-    def batch_route(self, names: Sequence[str | None]) -> Route:
+    def batch_route(self, names: Sequence[str | None], virtual_starts: Sequence[int] | None = None) -> Route:
         """Return the route of a batch whose first dimension is its entries: entry i goes to adapter `names[i]`.
 
         None is the base alone. For images, encoder-decoders, padded batches and any other module that takes entries
-        first; `Base.native` runs the model under it.
+        first; `Base.native` runs the model under it. An entry of an adapter with virtual tokens holds `virtual_ids`
+        before its own.
+
+        Args:
+            virtual_starts: the column of each entry's first virtual token, behind its padding; None: all begin with it.
         """
-        return Route(batch_owners=tuple(NO_OWNER if name is None else self._number(name) for name in names))
+        owners = tuple(NO_OWNER if name is None else self._number(name) for name in names)
+        places: dict[str, tuple[tuple[int, int], ...] | None] = {}
+        for name in dict.fromkeys(name for name in names if name is not None):
+            if len(names) == 1:
+                places[name] = None if virtual_starts is None else tuple(enumerate(virtual_starts))
+            else:
+                starts = virtual_starts or [0] * len(names)
+                places[name] = tuple((i, starts[i]) for i, other in enumerate(names) if other == name)
+        return Route(batch_owners=owners, memories=self._memories_at(places))
 
     @property
     def head(self) -> HeadRecord:

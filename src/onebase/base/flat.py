@@ -5,6 +5,9 @@ transformers looks a model's attention up in a registry, by name; a name without
 the layer says of itself (causal, scale, window, soft cap). An argument that it does not know and that is not None
 raises `NotFlatError`: the model then runs padded, it is never guessed at. Which of the two holds is decided by
 base/check.py when a base is made, not by a list of names.
+
+A route may have memories: learned keys and values (prefix tuning) in place of those computed at some rows. In a model's
+own padded and cached batches `memory_attention_of(slot)` puts them there.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from onebase.base.route import Slot
-from onebase.ops.attention import AttentionRule, flat_attention
-from onebase.ops.memory import fits, take_places
+from onebase.ops.attention import AttentionRule, flat_attention, masked_attention
+from onebase.ops.memory import fits, take_places, take_places_
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -71,7 +75,32 @@ def flat_attention_of(slot: Slot) -> AttentionFunction:
     return attend
 
 
-def _with_memories(module: nn.Module, key: Tensor, value: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
+def memory_attention_of(slot: Slot) -> AttentionFunction:
+    """Return attention for batches as transformers lays them out, padded and cached, under a route with memories.
+
+    In the first forward of a sequence the learned keys and values take their places; where no gradient is wanted they
+    are written into the tensors themselves, which are what a cache keeps, so that later forwards find them there.
+    """
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **arguments: Any,
+    ) -> tuple[Tensor, None]:
+        rule = _rule_of(module, arguments)
+        if key.shape[2] == query.shape[2]:
+            key, value = _with_memories(module, key, value, slot, in_place=not torch.is_grad_enabled())
+        return masked_attention(query, key, value, attention_mask, rule), None
+
+    return attend
+
+
+def _with_memories(
+    module: nn.Module, key: Tensor, value: Tensor, slot: Slot, *, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return a layer's keys and values with the route's learned ones in their places.
 
     Raises:
@@ -88,6 +117,10 @@ def _with_memories(module: nn.Module, key: Tensor, value: Tensor, slot: Slot) ->
                 f"the learned ones are {tuple(memory.keys.shape)}"
             )
         starts = memory.starts(key.shape[0])
+        if in_place:
+            take_places_(key, memory.keys[layer], starts)
+            take_places_(value, memory.values[layer], starts)
+            continue
         key = take_places(key, memory.keys[layer], starts)
         value = take_places(value, memory.values[layer], starts)
     return key, value

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from onebase.base import check, pretrained
 from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
-from onebase.base.flat import flat_attention_of
+from onebase.base.flat import flat_attention_of, memory_attention_of
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.errors import ConfigError
 from onebase.ops.layout import NO_PARENT, Layout
@@ -62,7 +62,7 @@ class Base:
         )
         self.head: HeadRecord | None = None
         self.position_offset, self.shares_prefixes = 0, False
-        self._own_attention = self._current_attention = self._flat_attention = ""
+        self._own_attention = self._current_attention = self._flat_attention = self._memory_attention = ""
         self.layout_kind: LayoutKind = "native"
         self.why_native = check.why_native(model)
         if not self.why_native:
@@ -77,8 +77,11 @@ class Base:
             self._own_attention = "eager"  # as later versions do: transformers 5.17 lets sdpa drop the cap
             self._use_attention(self._own_attention)
         self._flat_attention = f"onebase-{id(self.slot)}"
+        self._memory_attention = f"{self._flat_attention}-memory"
         pretrained.register_attention(self._flat_attention, flat_attention_of(self.slot))
-        weakref.finalize(self, pretrained.unregister_attention, self._flat_attention)
+        pretrained.register_attention(self._memory_attention, memory_attention_of(self.slot), masked=True)
+        for name in (self._flat_attention, self._memory_attention):
+            weakref.finalize(self, pretrained.unregister_attention, name)
         self.head = check.head_of(self.model)
         try:
             self.layout_kind = check.choose_layout(self)
@@ -171,10 +174,11 @@ class Base:
     def native(self, route: Route) -> Iterator[Any]:
         """Yield the model as it runs by itself (generation, padded batches, images), under a route without a layout.
 
-        The attention of before comes back afterwards: a flat forward may still be waiting to be recomputed.
+        Its attention is its own, unless the route has learned keys and values for it. The attention of before comes
+        back afterwards: a flat forward may still be waiting to be recomputed.
         """
         before = self._current_attention
-        self._use_attention(self._own_attention)
+        self._use_attention(self._memory_attention if route.memories else self._own_attention)
         try:
             with self.slot.use(route), self._mixed_precision():
                 yield self.model

@@ -326,18 +326,26 @@ def silence() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Let models that are set to the attention implementation `name` call `function`; no mask is built for them."""
-    from transformers import AttentionInterface
+def register_attention(name: str, function: Callable[..., Any], *, masked: bool = False) -> None:
+    """Let models that are set to the attention implementation `name` call `function`.
+
+    With `masked` it gets a mask of what each query may see (True: it may; None: all, or all before it if causal), as
+    torch's attention does; otherwise no mask is built for it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(name, function)
+    if masked:
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def unregister_attention(name: str) -> None:
     """Forget an attention implementation; unknown names are fine. transformers itself offers no way to do it."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def enable_checkpointing(model: Any, context_function: Callable[[], tuple[Any, Any]]) -> list[Any]:

@@ -124,7 +124,7 @@ class Answers:
 
         self._opened, self._asking, self._rows = opened, opened.asking(), rows
         self._column, self._most = column, max_new_tokens
-        limit = opened.bank.base.max_length
+        limit = opened.bank.max_length(opened.adapter)
         self._prompts = self._asking.of_rows(rows, limit)
         self._rooms = [room_of(prompt, max_new_tokens, limit) for prompt in self._prompts]
         self._ends = end_ids(opened.bank.base)

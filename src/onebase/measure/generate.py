@@ -1,6 +1,6 @@
 """Answers: the tokens that an adapter, or the base alone, writes after a prompt, by transformers' own `generate`.
 
-Prompts are grouped by length into batches that are padded on the left. Sampling is keyed, not consumed: the noise of
+Prompts are grouped by length into batches that are padded on the left, an adapter's virtual tokens before each. Sampling is keyed, not consumed: the noise of
 token i of prompt n depends on (seed, n, i) alone, so an answer does not change with the prompts beside it (up to the
 rounding of a padded batch). It is added to the logits, whose largest is then taken: argmax(logits / temperature + g)
 with Gumbel noise g is a draw from softmax(logits / temperature).
@@ -59,7 +59,7 @@ def generate(
         raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}.")
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature: must be a number from 0, got {temperature}.")
-    limit = bank.base.max_length
+    limit, virtual = bank.max_length(name), list(bank.virtual_ids(name))
     for number, prompt in enumerate(prompts):
         fault = prompt_fault(prompt, limit)
         if fault is not None:
@@ -73,11 +73,13 @@ def generate(
             on_token(number, token)
 
     rooms = [room_of(prompt, max_new_tokens, limit) for prompt in prompts]
-    for numbers in _batches([len(prompt) for prompt in prompts], rooms):
-        with bank.base.native(bank.sole_route(name)) as model:
+    for numbers in _batches([len(virtual) + len(prompt) for prompt in prompts], rooms):
+        batch = [virtual + prompts[number] for number in numbers]
+        longest = max(map(len, batch))
+        with bank.base.native(bank.sole_route(name, [longest - len(ids) for ids in batch])) as model:
             _generate_batch(
                 model,
-                [prompts[number] for number in numbers],
+                batch,
                 collector=_Collector(numbers, ends, take),
                 noise=_Noise(numbers, temperature, seed) if temperature > 0 else None,
                 max_new_tokens=rooms[numbers[0]],
