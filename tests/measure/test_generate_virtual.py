@@ -82,9 +82,8 @@ def test_padded_batches_of_several_adapters_equal_flat_logits(architecture, meth
     longest = max(map(len, lines))
     pads = [longest - len(line) for line in lines]
     left = [pad if side == "left" else 0 for pad in pads]
-    ids = torch.tensor(
-        [[line[-1]] * before + line + [line[-1]] * (longest - before - len(line)) for line, before in zip(lines, left)]
-    )
+    both = list(zip(lines, left, strict=True))
+    ids = torch.tensor([[line[-1]] * n + line + [line[-1]] * (longest - n - len(line)) for line, n in both])
     mask = torch.zeros_like(ids)
     for row, (line, before) in enumerate(zip(lines, left, strict=True)):
         mask[row, before : before + len(line)] = 1

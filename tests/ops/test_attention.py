@@ -141,7 +141,8 @@ def test_attention_with_a_mask_of_its_own_equals_the_reference_and_padding_holds
                 near = rule.window is None or (before < rule.window and (rule.causal or before > -rule.window))
                 mask[0, 0, start + place, row] = near and (before >= 0 or not rule.causal)
     twice = [torch.stack([part, part]) for part in (query, key, value)]
-    out = attention.masked_attention(*twice, mask, rule)
+    masked_attention: Any = attention.masked_attention
+    out = masked_attention(*twice, mask, rule)
     torch.testing.assert_close(out[0], reference(query, key, value, layout, rule), **EXACT)
     assert bool(out.isfinite().all())
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from onebase.adapters.prompt import NAME
+from onebase.config.reading import settings_from
 from onebase.measure.evaluate import evaluate
 from onebase.measure.generate import generate
 from onebase.train.data import load_data
@@ -30,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def settings_of(shop, method, **train):
     values = shop.values(train={"steps": 6, "batch_size": 4, "eval_every": 2, "learning_rate": 0.03} | train)
-    return runs.settings_from(values | {"adapter": METHODS[method]})
+    return settings_from(values | {"adapter": METHODS[method]})
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -57,7 +58,7 @@ def test_what_is_opened_again_scores_as_it_did_and_answers(trained, shop):
     opened = open_adapter(out)
     assert opened.adapter.virtual_tokens == 6
     assert sorted(opened.stored.tensors) == [NAME]
-    data = load_data(settings_of(shop, method).data, "chat", opened.bank.base, 6)
+    data: Any = load_data(settings_of(shop, method).data, "chat", opened.bank.base, 6)
     scores = evaluate(opened.bank, opened.adapter.name, data.valid.examples)
     assert scores.loss == pytest.approx(runs.result_of(out).valid_loss, rel=1e-5)
     assert generate(opened.bank, opened.adapter.name, [[3, 4, 5]], max_new_tokens=3)[0]
@@ -93,6 +94,6 @@ def test_a_run_goes_on_from_what_a_file_holds(trained, shop, tmp_path):
     method, out, _ = trained
     values = shop.values(train={"steps": 1, "batch_size": 4})
     adapter = METHODS[method] | {"init_from": str(out / "adapter")}
-    runs.run(runs.settings_from(values | {"adapter": adapter}), tmp_path / "on", watching=(watching := Watching()))
+    runs.run(settings_from(values | {"adapter": adapter}), tmp_path / "on", watching=(watching := Watching()))
     assert runs.result_of(tmp_path / "on").valid_loss_before == pytest.approx(runs.result_of(out).valid_loss, rel=1e-5)
     assert any("not the network" in text for text in watching.plans[0].warnings) == (method == "projected")
