@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from onebase.adapters.bank import Bank
-from onebase.config.methods import PrefixTuning, PromptTuning
+from onebase.config.methods import Lora, PrefixTuning, PromptTuning
 from onebase.config.settings import TrainSettings
 from onebase.train.member import Member
 from tests import tiny
@@ -15,6 +15,9 @@ from tests import tiny
 METHODS: dict[str, Any] = {
     "prompt": PromptTuning(num_virtual_tokens=4, prompt_tuning_init="RANDOM"),
     "prefix": PrefixTuning(num_virtual_tokens=4),
+    "dora": Lora(r=4, use_dora=True, lora_dropout=0.1),
+    "pissa": Lora(r=4, init_lora_weights="pissa"),
+    "lora+": Lora(r=4, loraplus_lr_ratio=16, target_modules=["q_proj", "embed_tokens"]),
     "projected": PrefixTuning(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
 }
 
@@ -43,7 +46,7 @@ def test_stopped_after_any_step_and_resumed_equals_never_stopped(method):
         held, books = whole.state()
         states.append(({name: tensor.clone() for name, tensor in held.items()}, json.dumps(books)))
     assert len(states) == 9
-    assert not any(torch.equal(tensor, first[name]) for name, tensor in whole.adapter.state.items())
+    assert not any(torch.equal(tensor, first[name]) for name, tensor in whole.adapter.parameters())
     for tensors, text in states[:-1]:
         resumed = member_of(METHODS[method])
         resumed.load_state(tensors, json.loads(text), None)

@@ -21,6 +21,7 @@ from onebase.data.examples import Examples
 from onebase.measure.forward import batches_of, forward_loss
 from onebase.train import checks
 from onebase.train.progress import StepRecord
+from onebase.train.rates import parameter_groups
 from onebase.train.schedule import Schedule, total_steps_of, warmup_of
 
 _MOVED_BY = 3
@@ -67,8 +68,7 @@ class Member:
         )
         self.parameters = [parameter for _, parameter in adapter.parameters()]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=learning_rate,
+            parameter_groups(adapter.settings, adapter.parameters(), learning_rate),
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
@@ -107,7 +107,7 @@ class Member:
         checks.check_grad_norm(norm, step + 1)
         rate = self.schedule.at(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         record = StepRecord(
             step=step + 1,
