@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from onebase.adapters.build import build, settings_of
+from onebase.adapters.build import build
 from onebase.adapters.layer import AdaptedLayer, path_key
 from onebase.adapters.part import FilePart, MemoryPart, Part, PartWithConstants
 from onebase.adapters.places import Places
@@ -138,13 +138,10 @@ class Bank:
         _check_name(name)
         if name in self._adapters:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
-        settings, notes = settings_of(settings, tensors)
         built = build(self.places, settings, seed)
         if built.refusals and tensors is None:
             raise TargetError(list_problems("adapter", built.refusals))
-        adapter = Adapter(
-            name, settings, seed, built.parts, built.target_paths, (*notes, *built.warnings), built.virtual_tokens
-        )
+        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)
         if tensors is not None:
             adapter.load_state_(tensors)
         number = self._free_number()

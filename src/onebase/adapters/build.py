@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from onebase.adapters import bias, copies, ia3, lora, prefix, prompt
 from onebase.adapters.part import Built, Part
@@ -35,15 +33,6 @@ def build(places: Places, settings: AdapterSettings, seed: int) -> Built:
     built = BUILDERS[type(settings)](places, settings, seed)
     beside = _beside(places, settings, built.target_paths)
     return replace(built, parts=places.in_model_order([*built.parts, *beside])) if beside else built
-
-
-def settings_of(
-    settings: AdapterSettings, tensors: Mapping[str, Tensor] | None
-) -> tuple[AdapterSettings, tuple[str, ...]]:
-    """Return the settings under which an adapter can hold these tensors (None: those of a new one), and what to say."""
-    if isinstance(settings, PrefixTuning) and tensors is not None:
-        return prefix.settings_of_file(settings, tensors)
-    return settings, ()
 
 
 def _beside(places: Places, settings: AdapterSettings, targets: Sequence[str]) -> list[Part]:

@@ -164,17 +164,3 @@ def _fault(base: Base, shape: KeyShape) -> str | None:
     except NotFlatError as error:
         return str(error)
     return None
-
-
-def settings_of_file(settings: PrefixTuning, tensors: Mapping[str, Tensor]) -> tuple[PrefixTuning, tuple[str, ...]]:
-    """Return the settings under which an adapter can hold these tensors, and what to say of them.
-
-    A file keeps what the network made, and there is no way back from that: it is held without the network.
-    """
-    if not settings.prefix_projection or NAME not in tensors:
-        return settings, ()
-    note = (
-        "adapter.prefix_projection: a file holds the keys and values that the network made, not the network; they go on "
-        "as they are, and training changes them directly."
-    )
-    return settings.model_copy(update={"prefix_projection": False, "encoder_hidden_size": None}), (note,)
