@@ -1,7 +1,5 @@
 """Every model family: LoRA on its default targets learns, is kept, merges, and shares a batch."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -15,9 +13,6 @@ from tests import families, tiny
 NOT_YET = {"gpt2"}
 ENTRIES = range(4)
 FAMILIES = [name for name in families.ALL if name not in NOT_YET]
-EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
-# Taken from where the models themselves compute in fp32: norms, rotary angles, softmax.
-TOLERANCE: dict[str, dict[str, Any]] = {"gemma3": {"rtol": 1e-5, "atol": 2e-6}}
 
 
 def learn(bank: Bank, steps: int = 6) -> list[float]:
@@ -76,12 +71,14 @@ def test_each_entry_of_a_mixed_batch_equals_it_alone(name):
         tiny.clear_gradients(bank)
         alone, loss = families.run(bank, {i: owner for i, owner in owners.items() if owner == member})
         for i, numbers in alone.items():
-            torch.testing.assert_close(mixed[i], numbers, **TOLERANCE.get(name, EXACT))
+            families.check_same(str(i), mixed[i], numbers, bank)
         if member is not None:
             loss.backward()
             for key, gradient in tiny.gradients(bank, member).items():
                 assert gradient.abs().max() > 0, key
-                torch.testing.assert_close(gradients[member][key], gradient, **TOLERANCE.get(name, EXACT))
+                torch.testing.assert_close(
+                    gradients[member][key], gradient, **families.TOLERANCE.get(name, families.EXACT)
+                )
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*tiny.NATIVE, "plain")])

@@ -1,17 +1,11 @@
 """Every method in one bank and one mixed batch equals itself alone: what comes out, and every gradient."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from onebase.adapters.bank import Bank
 from onebase.errors import ConfigError, TargetError
 from tests import families, tiny
-
-EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
-# What a model computes in fp32 whatever its dtype (norms, rotary angles, softmax) is rounded by where it lies.
-TOLERANCE: dict[str, dict[str, Any]] = {"gemma3": {"rtol": 1e-5, "atol": 2e-6}}
 
 
 def fill(bank: Bank) -> None:
@@ -45,14 +39,10 @@ def test_every_method_in_one_mixed_batch_equals_itself_alone(name):
         tiny.as_dtype_(own.adapters[label], torch.float64).load_state_(adapter.state)
         alone = results(own, {i: owner for i, owner in owners.items() if owner == label})
         for i, rows in alone.items():
-            same(label, together[i], rows, name)
+            families.check_same(label, together[i], rows, bank)
             assert (rows - plain[i]).abs().max() > 1e-6, f"{label} changes nothing"
         for key, gradient in tiny.gradients(own, label).items():
-            same(key, gradients[label][key], gradient, name)
+            families.check_same(key, gradients[label][key], gradient, bank)
         own.remove(label)
     nobodys = len(members) - 1
-    same("the base alone", together[nobodys], plain[nobodys], name)
-
-
-def same(what: str, found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    torch.testing.assert_close(found, expected, **TOLERANCE.get(name, EXACT), msg=lambda text: f"{what}: {text}")
+    families.check_same("the base alone", together[nobodys], plain[nobodys], bank)
