@@ -33,13 +33,17 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid", type=Path, default=DATA / "define-valid.jsonl")
 
 
-def settings_of(args: argparse.Namespace, **train: Any) -> dict[str, Any]:
-    """Return a settings file's content for the script's model and rows; `train` is its section of that name."""
+class RefusedError(RuntimeError):
+    """`onebase train` said that the settings are wrong for this model; the message is its own."""
+
+
+def settings_of(args: argparse.Namespace, adapter: Mapping[str, Any] | None = None, **train: Any) -> dict[str, Any]:
+    """Return a settings file's content for the script's model and rows; `adapter` and `train` are its sections of that name."""
     return {
         "model": args.model,
         "task": "chat",
         "data": {"train": str(args.train.resolve()), "valid": str(args.valid.resolve())},
-        "adapter": {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "adapter": adapter or {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
         "train": {"batch_size": 16, "seed": 0, **train},
     }
 
@@ -60,6 +64,7 @@ def train_in_fresh_process(settings: Mapping[str, Any], out: Path) -> Finished:
     """Run `onebase train` and wait for it.
 
     Raises:
+        RefusedError: the settings are wrong for this model.
         RuntimeError: it failed; the message holds the end of what it said.
     """
     settings_path = write_settings(out.with_name(f"{out.name}.settings.yaml"), settings)
@@ -72,6 +77,8 @@ def train_in_fresh_process(settings: Mapping[str, Any], out: Path) -> Finished:
     wall = time.perf_counter() - began
     if process.returncode != 0:
         end = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        if process.returncode == 2:
+            raise RefusedError(end.strip())
         raise RuntimeError(f"onebase train ended with exit code {process.returncode}:\n{end}")
     return Finished(
         result=json.loads((out / "result.json").read_text(encoding="utf-8")),

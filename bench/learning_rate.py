@@ -1,10 +1,11 @@
-"""LoRA's default learning rate comes from this sweep: the loss on define-valid after 60 steps, for five rates.
+"""A method's default learning rate comes from this sweep: the loss on define-valid after 60 steps, for five rates.
 
-    python bench/learning_rate.py --train define-train.jsonl --valid define-valid.jsonl --seeds 0 1
+    python bench/learning_rate.py --train define-train.jsonl --valid define-valid.jsonl --seeds 0 1 [--method ia3]
 
-`onebase train` in a fresh process for each rate and seed: r 16 on all linear layers, batch 16, cosine with warm-up. The
-record is written after each run, and a run that is in it already (same rate, seed, steps, rows) is skipped: interrupt
-it and start it again. --plot-only draws learning_rate.svg anew. On 2 cores about 5 minutes a run: 25 for one seed.
+`onebase train` in a fresh process for each rate and seed: the method (LoRA's: r 16 on all linear layers) at its defaults,
+batch 16, cosine with warm-up. Other methods than LoRA have a record of their own, learning_rate_METHOD.json. It is
+written after each run, and a run that is in it already (same rate, seed, steps, rows) is skipped: interrupt it and start
+it again. --plot-only draws the .svg anew. On 2 cores about 5 minutes a run: 25 for one seed.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from fresh_run import add_data_options, settings_of, train_in_fresh_process
+from methods import METHODS, default_rate
 from record import Record, file_facts
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 3e-3)
+AROUND = (0.1, 0.3, 1, 3, 10)  # times the default, for the other methods
 _WIDTH, _HEIGHT, _EDGE = 520, 320, 60
 
 
@@ -29,11 +32,16 @@ def main() -> None:
     args = _parser().parse_args()
     data = {"train": file_facts(args.train), "valid": file_facts(args.valid)}
     same = {"steps": args.steps, "model": Path(args.model).name, "train": data["train"], "valid": data["valid"]}
+    if args.method != "lora":
+        same["adapter"] = METHODS[args.method]
+        args.out = args.out or Path(__file__).with_name(f"learning_rate_{args.method}.json")
+    args.out = args.out or Path(__file__).with_suffix(".json")
+    rates = args.rates or (RATES if args.method == "lora" else [default_rate(args.method) * f for f in AROUND])
     trials = _earlier_trials(args.out, same)
     if not args.plot_only:
         record = Record(args.out, str(__doc__).partition("\n")[0], same=same)
         for seed in args.seeds:
-            for rate in args.rates:
+            for rate in rates:
                 if any((t["learning_rate"], t["seed"]) == (rate, seed) for t in trials):
                     continue
                 trials.append(_trial(args, rate, seed))
@@ -47,7 +55,8 @@ def main() -> None:
 
 
 def _trial(args: argparse.Namespace, rate: float, seed: int) -> dict[str, Any]:
-    settings = settings_of(args, steps=args.steps, learning_rate=rate, seed=seed)
+    adapter = None if args.method == "lora" else METHODS[args.method]
+    settings = settings_of(args, adapter, steps=args.steps, learning_rate=rate, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         result = train_in_fresh_process(settings, Path(folder) / "run").result
     names = ("valid_loss_before", "valid_loss", "train_loss", "seconds")
@@ -125,11 +134,12 @@ def plot(by_rate: Sequence[Mapping[str, Any]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add_data_options(parser)
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="+", help="default: around the method's own")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--plot-only", action="store_true", help="train nothing, draw the record there is")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="default: learning_rate.json or learning_rate_METHOD.json")
     return parser
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import families, tiny
+
 from onebase.adapters.bank import Bank
 from onebase.adapters.part import Part
 from onebase.adapters.places import NORM
 from onebase.config.targeting import Targeted
 from onebase.errors import ConfigError, TargetError
-from tests import families, tiny
 
 PAGE = Path(__file__).with_name("coverage.md")
 DEFAULT = "default targets"
@@ -118,7 +119,7 @@ def results(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, Any
     """Return every entry's numbers, and the gradients of every adapter."""
     tiny.clear_gradients(bank)
     numbers, loss = families.run(bank, owners)
-    loss.backward()
+    families.backward(loss)
     return numbers, {name: tiny.gradients(bank, name) for name in bank.adapters}
 
 

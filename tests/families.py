@@ -108,6 +108,11 @@ def run(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, torch.T
     return {i: piece.detach() for i, piece in found.items()}, loss
 
 
+def backward(loss: torch.Tensor) -> None:
+    """Let gradients reach the adapters."""
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
 def check_same(what: str, found: torch.Tensor, expected: torch.Tensor, bank: Bank) -> None:
     """Raise unless two results of one model are equal, to the rounding of fp64 (of fp32, where it computes in that)."""
     tolerance = TOLERANCE.get(name_of(bank), EXACT)

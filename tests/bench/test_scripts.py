@@ -1,13 +1,16 @@
 """Every bench runs, on a tiny model and few steps, and writes a record with its claim, command and machine."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 
+from onebase.config.methods import METHODS
 from tests.data.tiny import byte_tokenizer
 from tests.tiny import model_of
 
@@ -16,6 +19,7 @@ pytestmark = pytest.mark.slow
 # What makes each script short; every script in bench/ that can be started is here.
 SHORT = {
     "against_peft": ["--steps=3", "--batch-size=2", "--logit-steps=2", "--logit-rows=3"],
+    "compare_methods": ["--methods", "lora", "ia3", "bitfit", "--seeds", "0", "1", "--steps=2"],
     "kill_and_resume": ["--steps=9", "--batch-size=2"],
     "learning_rate": ["--rates", "1e-3", "3e-3", "--steps=2"],
     "profile_step": ["--warmup=1", "--steps=1", "--profiled=1", "--repeats=1"],
@@ -81,3 +85,34 @@ def test_the_sweep_skips_what_its_record_holds(options: list[str], tmp_path: Pat
     run("learning_rate", *words, "--rates", "1e-3", "2e-3")
     both = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["trials"]
     assert both[0] == first[0] and [trial["learning_rate"] for trial in both] == [1e-3, 2e-3]
+
+
+def test_the_comparison_goes_on_from_its_record_and_shows_table_and_plot(options: list[str], tmp_path: Path) -> None:
+    words = [*options, "--steps=1", "--seeds=0", f"--out={tmp_path / 'record.json'}", "--methods"]
+    run("compare_methods", *words, "lora")
+    first = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["trials"]
+    shown = run("compare_methods", *words, "lora", "ia3", "bitfit")
+    record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert record["trials"][0] == first[0] and [t["method"] for t in record["trials"]] == ["lora", "ia3", "bitfit"]
+    assert "no bias" in record["refused"]["bitfit"]  # the model has none
+    lora = next(line for line in record["by_method"] if line["method"] == "lora")
+    assert f"{lora['trainable_parameters']:,}" in shown and "`bitfit` | refused" in shown
+    drawn = xml.etree.ElementTree.parse(tmp_path / "record.svg").getroot()
+    assert {"lora", "ia3"} <= {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+
+
+def test_the_sweep_of_another_method_keeps_its_own_record(options: list[str], tmp_path: Path) -> None:
+    words = [*options, "--steps=1", "--rates", "1e-2", f"--out={tmp_path / 'record.json'}"]
+    run("learning_rate", *words, "--method=ia3")
+    record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert record["same"]["adapter"] == {"method": "ia3"} and record["best_learning_rate"] == 1e-2
+
+
+def test_the_benches_know_every_method() -> None:
+    spec = importlib.util.spec_from_file_location("methods", BENCH / "methods.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert {settings["method"] for settings in module.METHODS.values()} == set(METHODS)
+    for settings in module.METHODS.values():
+        METHODS[settings["method"]](**settings)

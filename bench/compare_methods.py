@@ -1,0 +1,171 @@
+"""Every method at its default learns: validation loss, trained numbers, time and file size on define-train.
+
+    python bench/compare_methods.py --train define-train.jsonl --valid define-valid.jsonl --seeds 0 1 2
+
+`onebase train` in a fresh process for each method and seed, the methods in turns, same steps, batch 16, each method's own
+default learning rate. A method that the model cannot have (BitFit without biases) stands in the record with what it
+said. The record is written after each run, and a run that is in it already (same method, settings, rate, seed) is
+skipped: interrupt it and start it again. Prints the table as Markdown; --plot-only prints and draws from the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chart import Axis, Chart
+from fresh_run import RefusedError, add_data_options, settings_of, train_in_fresh_process
+from methods import METHODS, default_rate
+from record import Record, file_facts
+
+_KEPT = ("valid_loss_before", "valid_loss", "train_loss", "seconds", "trainable_parameters", "adapter_bytes")
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    same = {
+        "steps": args.steps,
+        "model": Path(args.model).name,
+        "train": file_facts(args.train),
+        "valid": file_facts(args.valid),
+    }
+    trials = _earlier_trials(args.out, same)
+    if not args.plot_only:
+        record = Record(args.out, str(__doc__).partition("\n")[0], same=same)
+        for seed in args.seeds:
+            for name in args.methods:
+                if any(_facts(name, seed).items() <= trial.items() for trial in trials):
+                    continue
+                trials.append(_trial(args, name, seed))
+                record.write(summarise(trials))
+                found = trials[-1].get("valid_loss", trials[-1].get("refused"))
+                print(f"{name} seed {seed}: {found}", file=sys.stderr, flush=True)
+    if not trials:
+        raise SystemExit("nothing was measured yet")
+    summary = summarise(trials)
+    if summary["by_method"]:
+        args.out.with_suffix(".svg").write_text(plot(summary), encoding="utf-8")
+    print(table(summary))
+
+
+def _facts(name: str, seed: int) -> dict[str, Any]:
+    """Return what a trial depends on beside the rows."""
+    return {"method": name, "seed": seed, "learning_rate": default_rate(name), "adapter": METHODS[name]}
+
+
+def _trial(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    settings = settings_of(args, METHODS[name], steps=args.steps, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run = train_in_fresh_process(settings, Path(folder) / "run")
+        except RefusedError as error:
+            said = " ".join(str(error).replace(str(args.model), Path(args.model).name).replace(folder, "").split())
+            return {**_facts(name, seed), "refused": said}
+        weights = Path(folder) / "run" / "adapter" / "adapter_model.safetensors"
+        return {
+            **_facts(name, seed),
+            **{key: run.result[key] for key in _KEPT},
+            "file_bytes": weights.stat().st_size,
+            "peak_rss_bytes": run.peak_rss_bytes,
+        }
+
+
+def summarise(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the trials by method with medians and spreads, best loss first, what was refused, and every trial."""
+    by_method = []
+    for name in dict.fromkeys(trial["method"] for trial in trials if "refused" not in trial):
+        own = [trial for trial in trials if trial["method"] == name and "refused" not in trial]
+        line = {key: own[0][key] for key in ("method", "learning_rate", "trainable_parameters", "file_bytes")}
+        line |= {key: _spread([trial[key] for trial in own]) for key in ("valid_loss", "seconds", "peak_rss_bytes")}
+        line["learns"] = all(trial["valid_loss"] < trial["valid_loss_before"] for trial in own)
+        line["valid_loss_before"] = own[0]["valid_loss_before"]
+        by_method.append(line)
+    by_method.sort(key=lambda line: float(line["valid_loss"]["median"]))
+    refused = {trial["method"]: trial["refused"] for trial in trials if "refused" in trial}
+    return {"by_method": by_method, "refused": refused, "trials": list(trials)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values), "runs": len(values)}
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Return the record's summary as a Markdown table."""
+    lines = [
+        "| method | learning rate | trained | file | loss | lowest - highest | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in summary["by_method"]:
+        loss, seconds = line["valid_loss"], line["seconds"]
+        lines.append(
+            f"| `{line['method']}`{'' if line['learns'] else ' (does not learn)'} | {line['learning_rate']:g} "
+            f"| {line['trainable_parameters']:,} | {_size(line['file_bytes'])} | {loss['median']:.4f} "
+            f"| {loss['lowest']:.4f} - {loss['highest']:.4f} | {seconds['median']:.0f} ({seconds['lowest']:.0f} - {seconds['highest']:.0f}) |"
+        )
+    lines += [f"| `{name}` | refused | | | | | |" for name in summary["refused"]]
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def plot(summary: Mapping[str, Any]) -> str:
+    """Return three panels as SVG: loss over trained numbers (logarithmic), and for each method its time and file."""
+    lines = summary["by_method"]
+    chart = Chart(900, 420 + 22 * len(lines), "Every method at its default on define-train")
+    losses = [line["valid_loss"] for line in lines]
+    x = Axis.of([line["trainable_parameters"] for line in lines], 90, 640, log=True)
+    y = Axis.of([loss[end] for loss in losses for end in ("lowest", "highest")], 340, 60)
+    chart.scatter_axes(x, y, "trained numbers", "loss on define-valid (median, lowest to highest)")
+    for line, loss in zip(lines, losses, strict=True):
+        at = x(line["trainable_parameters"])
+        chart.whisker(at, y(loss["lowest"]), y(loss["highest"]))
+        chart.dot(at, y(loss["median"]), line["method"])
+    top = 410
+    time = Axis.of([0, *(line["seconds"]["highest"] for line in lines)], 200, 500)
+    size = Axis.of([line["file_bytes"] for line in lines], 580, 840, log=True)
+    chart.text(350, top - 8, "seconds of training")
+    chart.text(710, top - 8, "adapter file")
+    for number, line in enumerate(lines):
+        row = top + 14 + 22 * number
+        chart.text(190, row + 4, line["method"], anchor="end")
+        chart.bar(time(0), time(line["seconds"]["median"]), row, f"{line['seconds']['median']:.0f}")
+        chart.span(time(line["seconds"]["lowest"]), time(line["seconds"]["highest"]), row)
+        chart.bar(570, size(line["file_bytes"]), row, _size(line["file_bytes"]))
+    return chart.svg()
+
+
+def _earlier_trials(path: Path, same: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials of the record there is, if they were made with the same steps, model and rows."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["same"] != same:
+        raise SystemExit(f"{path} holds trials with other steps, model or rows. Name another --out, or remove it.")
+    return list(earlier["trials"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add_data_options(parser)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--plot-only", action="store_true", help="train nothing, show the record there is")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    return parser
+
+
+if __name__ == "__main__":
+    main()
