@@ -110,7 +110,7 @@ def run(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, torch.T
 
 def backward(loss: torch.Tensor) -> None:
     """Let gradients reach the adapters."""
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
 
 def check_same(what: str, found: torch.Tensor, expected: torch.Tensor, bank: Bank) -> None:
