@@ -106,3 +106,37 @@ def test_the_input_keeps_its_bytes():
     with layer._slot.use(route_of([4], [0])):
         layer(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_rows_of_attention_heads_belong_to_their_tokens_owner_wherever_the_heads_are(heads_first):
+    layer, targets = adapted(0, 1, dropout=0.5)
+    keys = position_keys(mix("test"), 0, 4)
+    x = inputs(4, 3, 5)  # tokens, heads
+    laid = x.transpose(0, 1)[None] if heads_first else x[None]
+    with layer._slot.use(route_of([1, 2, 1], [1, NO_OWNER, 0], row_keys={RowSpace.TOKEN: keys})):
+        out = layer(laid)[0]
+        with pytest.raises(RuntimeError, match="rows"):
+            layer(inputs(11, 5))
+    out = out.transpose(0, 1) if heads_first else out
+    for token, owner in enumerate([1, None, None, 0]):
+        expected = layer.base_layer(x[token])
+        if owner is not None:
+            kept = keep_mask(mix_rows(keys, layer._key)[token : token + 1], 5, 0.5) / 0.5
+            target = targets[owner]
+            expected = expected + target.scaling * (x[token] * kept) @ target.lora_A.T @ target.lora_B.T
+        torch.testing.assert_close(out[token], expected)
+
+
+def test_as_many_heads_as_tokens_are_told_apart_by_an_earlier_batch_or_not_at_all():
+    layer, targets = adapted(0, 1)
+    square = inputs(3, 3, 5)[None]
+    route = route_of([1, 2], [1, 0])
+    with layer._slot.use(route), pytest.raises(RuntimeError, match=r"cannot tell 3 tokens from heads"):
+        layer(square)
+    with layer._slot.use(route_of([1, 1], [1, 0])):
+        layer(inputs(1, 3, 2, 5))  # heads first, no doubt
+    with layer._slot.use(route):
+        out = layer(square)[0]
+    torch.testing.assert_close(out[:, 0], by_hand(layer, targets[1], square[0, :, 0]))
+    torch.testing.assert_close(out[:, 1:], by_hand(layer, targets[0], square[0, :, 1:]))

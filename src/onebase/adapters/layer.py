@@ -48,6 +48,7 @@ class AdaptedLayer(nn.Module):
         self._slot = slot
         self._key = path_key(path)
         self._has_children = any(True for _ in base_layer.children())
+        self._tokens_at = -1
         self._parts: dict[int, list[Part]] = {}
         self.low_rank: LowRank | None = None
 
@@ -104,16 +105,19 @@ class AdaptedLayer(nn.Module):
         # rows, not x, go through the base: an update is added in place, and to a view that would cost a copy
         rows = x.flatten(0, -2) if self.rows is Rows.VECTORS else x.flatten() if self.rows is Rows.IDS else x
         shape = x.shape[:-1] if self.rows is Rows.VECTORS else x.shape if self.rows is Rows.IDS else x.shape[:1]
-        segments, each = self._segments(route, tuple(shape))
+        segments, times, each = self._segments(route, tuple(shape))
         keys = route.row_keys.get(self.space)
-        keys = None if keys is None else mix_rows(keys if each == 1 else keys.repeat_interleave(each), self._key)
+        keys = None if keys is None else mix_rows(_repeated(keys, times, each), self._key)
         y = self._run(RowCall(self.base_layer, rows, args[1:], keys, named, keyword), segments)
         if self.rows is Rows.FIRST:
             return y
         return y.view(*shape, y.shape[-1])
 
-    def _segments(self, route: Route, shape: tuple[int, ...]) -> tuple[Segments, int]:
-        """Return who owns the rows of an input with these leading dimensions, and how many a token has.
+    def _segments(self, route: Route, shape: tuple[int, ...]) -> tuple[Segments, int, int]:
+        """Return who owns the rows of an input with these leading dimensions; how often all tokens come; how many rows each.
+
+        A norm on attention heads sees several vectors a token: behind each token (1, tokens, heads), or all tokens
+        head by head (1, heads, tokens).
 
         Raises:
             ConfigError: the module takes the tokens of several adapters at once, and cannot be split.
@@ -122,20 +126,38 @@ class AdaptedLayer(nn.Module):
         count = math.prod(shape)
         known = route.rows.get(self.space)
         if route.batch_owners is not None or known is None or known.row_count == count:
-            return route.segments(self.space, count), 1
+            return route.segments(self.space, count), 1, 1
+        owners = {owner for _, _, owner in known}
+        each, rest = divmod(count, known.row_count)
+        if len(owners) == 1 and (self.rows is Rows.FIRST or not rest):
+            return Segments.of([count], [*owners]), 1, each
         if self.rows is Rows.FIRST:
-            owners = {owner for _, _, owner in known}
-            if len(owners) == 1:
-                return Segments.of([count], [*owners]), 1
             raise ConfigError(
                 f"{self.path}: a {type(self.base_layer).__name__} sees all tokens of a flat batch at once, so that they "
                 "cannot be split between adapters: its members take turns. Give it batches of one adapter each."
             )
-        for end in range(1, len(shape)):  # several vectors a token, one after the other: a norm on attention heads
-            if math.prod(shape[:end]) == known.row_count:
-                each = count // known.row_count
-                return Segments(known.offsets * each, known.owners), each
-        return route.segments(self.space, count), 1
+        if len(shape) < 2 or rest:
+            return route.segments(self.space, count), 1, 1
+        if shape[0] > 1:  # entries of a padded batch, or tokens, come first: what is theirs lies together
+            return Segments(known.offsets * each, known.owners), 1, each
+        place = self._place_of_tokens(shape, known.row_count)
+        times = math.prod(shape[:place])
+        each //= times
+        spans = [((end - start) * each, owner) for start, end, owner in known] * times
+        return Segments.of([length for length, _ in spans], [owner for _, owner in spans]), times, each
+
+    def _place_of_tokens(self, shape: tuple[int, ...], token_count: int) -> int:
+        """Return which dimension of a flat input holds the tokens, as the first batch that left no doubt has shown it.
+
+        Raises:
+            RuntimeError: none does, or it cannot be told from another one yet.
+        """
+        places = [place for place, length in enumerate(shape) if length == token_count]
+        if len(places) == 1:
+            self._tokens_at = places[0]
+        if self._tokens_at not in places:
+            raise RuntimeError(f"{self.path}: cannot tell {token_count} tokens from heads in an input of {shape}")
+        return self._tokens_at
 
     def forward_rows(self, rows: Tensor, segments: Segments, row_keys: Tensor | None) -> Tensor:
         """Return the output for rows that lie one after the other.
@@ -228,6 +250,11 @@ def _of_every_entry(x: Tensor, route: Route, rows: Rows) -> Tensor:
     if rows is Rows.IDS:
         raise RuntimeError(f"an embedding got ids of shape {tuple(x.shape)} for a batch of {count}")
     return x
+
+
+def _repeated(keys: Tensor, times: int, each: int) -> Tensor:
+    """Return every token's key for each of its rows."""
+    return keys if times == each == 1 else keys.repeat_interleave(each).repeat(times)
 
 
 def low_rank_of(pairs: list[tuple[int, LowRankPart]]) -> LowRank:
