@@ -49,7 +49,9 @@ def columns_of(bank: Bank) -> dict[str, dict[str, Any]]:
             tied = places.embedding_path is not None and module.weight is places.module(places.embedding_path).weight
             label = "tied head" if tied else "head"
         elif kind == "embedding":
-            label = "token embedding" if candidate.path == places.embedding_path else "other embedding"
+            label = "token embedding" if places.reads_tokens(candidate.path) else "other embedding"
+            if label in found and candidate.path != places.embedding_path:  # T5 calls copies of what it names
+                found[label] = {"target_modules": [candidate.path]}
         elif getattr(module, "groups", 1) > 1:
             label = "grouped convolution"
         elif kind not in (*NAMES, NORM, "experts"):
@@ -119,6 +121,8 @@ def results(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, Any
     """Return every entry's numbers, and the gradients of every adapter."""
     tiny.clear_gradients(bank)
     numbers, loss = families.run(bank, owners)
+    if not loss.requires_grad:
+        raise TargetError("the model never calls it, so that training finds no gradient and stops")
     families.backward(loss)
     return numbers, {name: tiny.gradients(bank, name) for name in bank.adapters}
 

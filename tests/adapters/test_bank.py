@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
 from onebase.base.route import RowSpace
-from onebase.config.methods import Lora
+from onebase.config.methods import Full, Lora
 from onebase.errors import ConfigError, FileFormatError
 from onebase.measure.forward import forward_loss
 from onebase.ops.keyed import mix_rows
@@ -267,3 +268,35 @@ def test_a_name_that_could_lead_elsewhere_is_no_adapters(name):
 @pytest.mark.parametrize("name", ["a", "_", "3", "math-v1.2", "Frage_\u00fc", "a@b+c"])
 def test_a_name_that_a_folder_may_have_is_an_adapters(name):
     assert Bank(tiny.base_of("llama")).add(name, Lora(r=2)).name == name
+
+
+def test_positions_that_a_batch_shares_are_refused_to_several_adapters_and_no_one_elses_business():
+    """T5 looks its distances up once for the batch, as (queries, keys): as many queries as entries prove nothing."""
+    bank = Bank(tiny.base_of("t5"))
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    bank.add("there", Full(target_modules=[bias]))
+    bank.add("elsewhere", Lora())
+    inputs = tiny.native_inputs("t5", 7)  # of seven tokens each
+    owners: list[str | None] = ["there", "elsewhere", None, "there", None, None, None]
+    with pytest.raises(ConfigError, match=r"relative_attention_bias: positions .* members take turns"):
+        tiny.native_outputs(bank.base, bank.batch_route(owners), inputs)
+    others = [None if owner == "there" else owner for owner in owners]
+    tiny.native_outputs(bank.base, bank.batch_route(others), inputs)
+    tiny.native_outputs(bank.base, bank.batch_route(["there"] * 7), inputs)
+
+
+def test_what_a_model_reads_of_a_module_it_reads_of_its_wrapper():
+    """ViT asks its embeddings for the projection inside; Gemma 3 asks a block what it attends to."""
+    bank = Bank(tiny.base_of("vit"))
+    bank.add("whole", Full(target_modules=["vit.embeddings"]))
+    bank.add("inside", Full(target_modules=["vit.embeddings.patch_embeddings.projection"]))
+    embeddings: Any = bank.base.model.vit.embeddings
+    assert isinstance(embeddings, AdaptedLayer)
+    inner = embeddings.patch_embeddings.projection
+    assert isinstance(inner, AdaptedLayer) and inner is embeddings.base_layer.patch_embeddings.projection
+    assert inner.stride == inner.base_layer.stride
+    before = set(bank.base.model.state_dict())
+    bank.remove("inside")
+    assert embeddings.patch_embeddings.projection is inner.base_layer
+    bank.remove("whole")
+    assert set(bank.base.model.state_dict()) == set(tiny.model_of("vit").state_dict()) != before

@@ -15,6 +15,11 @@ def fill(bank: Bank) -> None:
             bank.add(label, kind(**settings), seed=seed)
         except (ConfigError, TargetError):
             continue
+        try:
+            families.run(bank, {0: label, 1: None})
+        except ConfigError:  # it shares no batch on this model, and says so
+            bank.remove(label)
+            continue
         families.perturb_(tiny.as_dtype_(bank.adapters[label], torch.float64), seed)
 
 

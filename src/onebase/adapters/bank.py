@@ -306,7 +306,8 @@ class Bank:
     def _wrap(self, path: str) -> AdaptedLayer:
         if path not in self._layers:
             module = self.places.module(path)
-            layer = AdaptedLayer(module, path, self.places.space(path), self.base.slot)
+            reads_tokens = self.places.reads_tokens(path)
+            layer = AdaptedLayer(module, path, self.places.space(path), self.base.slot, reads_tokens=reads_tokens)
             layer.train(module.training)
             self.places.put(path, layer)
             self._layers[path] = layer

@@ -41,8 +41,11 @@ _Stretch = tuple[int, int, list[Part]]
 class AdaptedLayer(nn.Module):
     """A frozen module with the bank's parts on it, bound to one row space when it is made."""
 
-    def __init__(self, base_layer: nn.Module, path: str, space: RowSpace, slot: Slot) -> None:
+    def __init__(
+        self, base_layer: nn.Module, path: str, space: RowSpace, slot: Slot, *, reads_tokens: bool = True
+    ) -> None:
         super().__init__()
+        self.reads_tokens = reads_tokens  # an embedding of what a batch's entries are, not of where it stands
         self.base_layer = base_layer
         self.path, self.space, self.rows = path, space, rows_of(base_layer)
         self._slot = slot
@@ -51,6 +54,14 @@ class AdaptedLayer(nn.Module):
         self._tokens_at = -1
         self._parts: dict[int, list[Part]] = {}
         self.low_rank: LowRank | None = None
+        # models read more of a module than they call it for: its settings, and by name what lies in it
+        for name, value in {**vars(base_layer), **base_layer._parameters, **base_layer._modules}.items():
+            if not (name.startswith("_") or hasattr(self, name)):
+                self.show(name, value)
+
+    def show(self, name: str, value: Any) -> None:
+        """Let a model read `name` of this layer as of the frozen module; it is no second place for a module."""
+        object.__setattr__(self, name, value)
 
     @property
     def weight(self) -> Tensor:
@@ -99,9 +110,12 @@ class AdaptedLayer(nn.Module):
         route = self._slot.route
         if route is None or self.is_bare:
             return self.base_layer(*args, **named)
+        route = self._narrowed(route)
+        if route.batch_owners == (NO_OWNER,):
+            return self.base_layer(*args, **named)
         keyword = None if args else next(iter(named))
         x = args[0] if keyword is None else named.pop(keyword)
-        x = _of_every_entry(x, route, self.rows)
+        x = self._of_every_entry(x, route)
         # rows, not x, go through the base: an update is added in place, and to a view that would cost a copy
         rows = x.flatten(0, -2) if self.rows is Rows.VECTORS else x.flatten() if self.rows is Rows.IDS else x
         shape = x.shape[:-1] if self.rows is Rows.VECTORS else x.shape if self.rows is Rows.IDS else x.shape[:1]
@@ -112,6 +126,34 @@ class AdaptedLayer(nn.Module):
         if self.rows is Rows.FIRST:
             return y
         return y.view(*shape, y.shape[-1])
+
+    def _narrowed(self, route: Route) -> Route:
+        """Return the route of a batch as this layer sees it: one owner for all, where it has parts of no other."""
+        if route.batch_owners is None:
+            return route
+        here = {owner if owner in self._parts else NO_OWNER for owner in route.batch_owners}
+        return replace(route, batch_owners=tuple(here)) if len(here) == 1 else route
+
+    def _of_every_entry(self, x: Tensor, route: Route) -> Tensor:
+        """Return an input with a line for each entry of the route's batch: positions may come once for all of them.
+
+        Raises:
+            ConfigError: they come once for all in another shape (T5's distances), which entries cannot share.
+            RuntimeError: they are ids of another number of entries.
+        """
+        count = 1 if route.batch_owners is None else len(route.batch_owners)
+        if count == 1:
+            return x
+        if x.dim() > 1 and x.shape[0] == 1:
+            return x.expand(count, *x.shape[1:])
+        if self.rows is Rows.IDS and not self.reads_tokens:
+            raise ConfigError(
+                f"{self.path}: positions may be looked up once for the whole batch, so that they cannot be told apart by "
+                "adapter: its members take turns. Give it batches of one adapter each."
+            )
+        if self.rows is Rows.IDS and x.shape[0] != count:
+            raise RuntimeError(f"an embedding got ids of shape {tuple(x.shape)} for a batch of {count}")
+        return x
 
     def _segments(self, route: Route, shape: tuple[int, ...]) -> tuple[Segments, int, int]:
         """Return who owns the rows of an input with these leading dimensions; how often all tokens come; how many rows each.
@@ -234,22 +276,6 @@ def _each(rows: Any, stretches: list[_Stretch], kind: Any, change: Callable[[Any
                 piece = change(part, piece, start, end)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _of_every_entry(x: Tensor, route: Route, rows: Rows) -> Tensor:
-    """Return an input with a line for each entry of the route's batch: positions may come once for all of them.
-
-    Raises:
-        RuntimeError: they are ids of another number of entries.
-    """
-    count = 1 if route.batch_owners is None else len(route.batch_owners)
-    if count == 1 or x.shape[0] == count:
-        return x
-    if x.dim() > 1 and x.shape[0] == 1:
-        return x.expand(count, *x.shape[1:])
-    if rows is Rows.IDS:
-        raise RuntimeError(f"an embedding got ids of shape {tuple(x.shape)} for a batch of {count}")
-    return x
 
 
 def _repeated(keys: Tensor, times: int, each: int) -> Tensor:

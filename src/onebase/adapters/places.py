@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from onebase.adapters.dense import dense_weight, row_squares
+from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets
 from onebase.adapters.part import Part
 from onebase.base.model import Base
@@ -50,6 +51,7 @@ class Places:
         self.head_path = self.path_of(base.head_module)
         self.embedding_path = self.path_of(base.input_embedding)
         self._kinds = {c.path: c.kind for c in candidates}
+        self._wrappers: dict[int, AdaptedLayer] = {}
         self._squares: dict[str, Tensor] = {}
         self.owners = tuple(self._owners())
 
@@ -62,6 +64,11 @@ class Places:
         if path == self.head_path:
             return RowSpace.LABEL
         return RowSpace.EXAMPLE if path in self._poolers else RowSpace.TOKEN
+
+    def reads_tokens(self, path: str) -> bool:
+        """Return whether a module is fed with a batch's own entries: no embedding of positions beside that of tokens."""
+        module, tokens = self.module(path), self.base.input_embedding
+        return not isinstance(module, nn.Embedding) or tokens is None or module.weight is tokens.weight
 
     def squares(self, path: str) -> Tensor:
         """Return ||w||^2 of what each output of a module reads, computed once."""
@@ -91,8 +98,15 @@ class Places:
 
         Its parents are the frozen ones, whatever wraps them; a module that several parents share is replaced in all.
         """
-        for parent, name in self._parents[id(self.modules[path])]:
+        own = self.modules[path]
+        if isinstance(module, AdaptedLayer):
+            self._wrappers[id(own)] = module
+        else:
+            self._wrappers.pop(id(own), None)
+        for parent, name in self._parents[id(own)]:
             setattr(parent, name, module)
+            if (around := self._wrappers.get(id(parent))) is not None:
+                around.show(name, module)
 
     def copy_of(self, path: str, tensors: Mapping[int, Tensor]) -> nn.Module:
         """Return a copy of the structure of a frozen module, without any wrapper inside.
