@@ -288,12 +288,12 @@ def test_positions_that_a_batch_shares_are_refused_to_several_adapters_and_no_on
 def test_what_a_model_reads_of_a_module_it_reads_of_its_wrapper():
     """ViT asks its embeddings for the projection inside; Gemma 3 asks a block what it attends to."""
     bank = Bank(tiny.base_of("vit"))
-    bank.add("whole", Full(target_modules=["vit.embeddings"]))
+    bank.add("whole", Lora(modules_to_save=["vit.embeddings"]))
     bank.add("inside", Full(target_modules=["vit.embeddings.patch_embeddings.projection"]))
     embeddings: Any = bank.base.model.vit.embeddings
-    assert isinstance(embeddings, AdaptedLayer)
-    inner = embeddings.patch_embeddings.projection
-    assert isinstance(inner, AdaptedLayer) and inner is embeddings.base_layer.patch_embeddings.projection
+    inner: Any = embeddings.patch_embeddings.projection
+    assert [type(layer) for layer in (embeddings, inner)] == [AdaptedLayer] * 2
+    assert inner is embeddings.base_layer.patch_embeddings.projection
     assert inner.stride == inner.base_layer.stride
     before = set(bank.base.model.state_dict())
     bank.remove("inside")
