@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from onebase.adapters import bias, copies, ia3, lora, prefix, prompt
+from onebase.adapters import bias, copies, ia3, lora, prefix, prompt, tokens, tying
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
 from onebase.config.methods import AdapterSettings, BitFit, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
@@ -31,15 +31,29 @@ def build(places: Places, settings: AdapterSettings, seed: int) -> Built:
         CapacityError: there is no memory for its tensors.
     """
     built = BUILDERS[type(settings)](places, settings, seed)
-    beside = _beside(places, settings, built.target_paths)
-    return replace(built, parts=places.in_model_order([*built.parts, *beside])) if beside else built
-
-
-def _beside(places: Places, settings: AdapterSettings, targets: Sequence[str]) -> list[Part]:
-    """Return the parts that settings ask for beside those of the method itself."""
-    parts: list[Part] = []
-    if isinstance(settings, Lora) and settings.bias != "none":
-        parts += bias.beside_lora(places, settings.bias, targets)
+    parts, notes = list(built.parts), list(built.warnings)
     if saved := getattr(settings, "modules_to_save", None):
-        parts += copies.beside(places, saved, targets)
-    return parts
+        tie = isinstance(settings, Lora) and settings.ensure_weight_tying
+        copied, said = copies.beside(places, saved, built.target_paths, tie=tie)
+        parts, notes = [*parts, *copied], [*notes, *said]
+    if isinstance(settings, Lora):
+        parts, notes = _beside_lora(places, settings, built.target_paths, parts, notes)
+    return replace(built, parts=places.in_model_order(parts), warnings=tuple(notes))
+
+
+def _beside_lora(
+    places: Places, settings: Lora, targets: Sequence[str], parts: list[Part], notes: list[str]
+) -> tuple[list[Part], list[str]]:
+    """Return an adapter's parts and warnings with what LoRA's settings ask for beside its pairs."""
+    if settings.ensure_weight_tying:
+        if not places.tied_with_embedding:
+            notes = [*notes, "ensure_weight_tying: this base ties no weights, so nothing is tied"]
+        copied = [part for part in parts if isinstance(part, copies.CopyPart)]
+        pairs = [part for part in parts if not isinstance(part, copies.CopyPart)]
+        parts = [*tying.with_tied_pairs(places, pairs, settings.use_dora), *copied]
+    if settings.trainable_token_indices:
+        rows, said = tokens.beside(places, settings, [part.path for part in parts])
+        parts, notes = [*parts, *rows], [*notes, *said]
+    if settings.bias != "none":
+        parts = [*parts, *bias.beside_lora(places, settings.bias, targets)]
+    return parts, notes

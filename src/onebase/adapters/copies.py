@@ -42,7 +42,8 @@ _SAVED = Reach("modules_to_save", "modules with parameters", frozenset({_WHOLE})
 class CopyPart:
     """One adapter's copy of one module: the trained tensors by their name inside it, and what computes with them.
 
-    `dtypes` are the frozen tensors', `prefix` what stands before the names in files, `buffers` what else a file holds.
+    `dtypes` are the frozen tensors', `prefix` what stands before the names in files, `buffers` what else a file holds,
+    `repeated` the names of tied tensors that it holds once more.
     """
 
     path: str
@@ -51,6 +52,7 @@ class CopyPart:
     dtypes: Mapping[str, torch.dtype]
     twin: nn.Module
     buffers: Mapping[str, Tensor]
+    repeated: tuple[str, ...] = ()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained tensors under the names of PEFT's format."""
@@ -61,6 +63,8 @@ class CopyPart:
         """Yield what a file holds of the module beside its parameters (a batch norm's means)."""
         for name, buffer in self.buffers.items():
             yield f"{self.prefix}.{name}", buffer
+        for name in self.repeated:
+            yield f"{self.prefix}.{name}", self.own[name].detach()
 
     def instead(self, call: RowCall) -> Any:
         """Return what the copy makes of the rows."""
@@ -123,14 +127,23 @@ def build_norms(places: Places, settings: LnTuning, seed: int) -> Built:
     return Built(parts, match.paths, match.warnings)
 
 
-def beside(places: Places, names: Sequence[str], targets: Iterable[str]) -> tuple[Part, ...]:
-    """Return whole copies of the modules that modules_to_save names, beside an adapter on `targets`.
+def beside(
+    places: Places, names: Sequence[str], targets: Iterable[str], *, tie: bool
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """Return whole copies of the modules that modules_to_save names, beside an adapter on `targets`, and what to say.
+
+    Args:
+        tie: copy what shares the embedding's weight along with it, once.
 
     Raises:
         TargetError: a name matches nothing, or a module that cannot be copied, or one that is adapted too.
         CapacityError: there is no memory for them.
     """
-    found = places.choose_named(names, "modules_to_save", _SAVED, _modules(places))
+    found: Sequence[str] = places.choose_named(names, "modules_to_save", _SAVED, _modules(places))
+    tied = places.tied_with_embedding
+    among = [path for path in tied if path in found]
+    if among and tie:
+        found = list(dict.fromkeys([*found, *tied]))
     problems = [
         f"adapter.modules_to_save: {path!r} is trained whole, so {target!r} cannot be a target too. Exclude it "
         "(adapter.exclude_modules), or remove it here."
@@ -147,7 +160,11 @@ def beside(places: Places, names: Sequence[str], targets: Iterable[str]) -> tupl
     if problems:
         raise TargetError(list_problems("adapter", problems, shown=10))
     _check_room(places, [p for path in found for p in places.module(path).parameters()])
-    return tuple(_whole_part(places, path) for path in found)
+    made: dict[int, nn.Parameter] = {}
+    parts = [_whole_part(places, path, made if tie and path in tied else {}) for path in found if path not in tied[1:]]
+    parts += [_whole_part(places, path, made if tie else {}, again=tie) for path in found if path in tied[1:]]
+    note = f"{' and '.join(tied)} share one weight in the base; the copy of {' and '.join(among)} is apart"
+    return tuple(parts), () if tie or not among else (f"{note} (ensure_weight_tying: true keeps them one)",)
 
 
 def _modules(places: Places) -> list[Candidate]:
@@ -192,14 +209,13 @@ def _own_part(places: Places, path: str, prefix: str, made: dict[int, nn.Paramet
     return CopyPart(path, prefix, own, _dtypes(module, own), twin, buffers)
 
 
-def _whole_part(places: Places, path: str) -> CopyPart:
-    """Return a copy of a module with all that is in it."""
+def _whole_part(places: Places, path: str, made: dict[int, nn.Parameter], *, again: bool = False) -> CopyPart:
+    """Return a copy of a module with all that is in it; `again`: its weight is a copy that another module brought."""
     module = places.copy_of(path, {})
-    own = {name: _copied(p, path, name, {}) for name, p in module.named_parameters()}
+    own = {name: _copied(p, path, name, made) for name, p in module.named_parameters()}
     buffers = _saved_buffers(module.named_modules())
-    return CopyPart(
-        path, path, own, _dtypes(module, own), places.copy_of(path, _exchanged(module, own, buffers)), buffers
-    )
+    twin = places.copy_of(path, _exchanged(module, own, buffers))
+    return CopyPart(path, path, own, _dtypes(module, own), twin, buffers, ("weight",) if again else ())
 
 
 def _copied(parameter: nn.Parameter, path: str, name: str, made: dict[int, nn.Parameter]) -> nn.Parameter:

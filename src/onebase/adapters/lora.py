@@ -206,7 +206,7 @@ def settings_in_file(settings: Lora) -> Lora:
 
 
 def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
-    names = ("target_parameters", "trainable_token_indices", "ensure_weight_tying")
+    names = ("target_parameters",)
     given = [name for name in names if getattr(settings, name)]
     if given:
         raise ConfigError(list_problems("adapter", [f"{name}: is not available in this version." for name in given]))

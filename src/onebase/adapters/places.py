@@ -87,7 +87,7 @@ class Places:
     def in_model_order(self, parts: Iterable[Part]) -> tuple[Part, ...]:
         """Return parts by their module's place in the model; those of one module stay as they are."""
         order = {path: place for place, path in enumerate(self.modules)}
-        return tuple(sorted(parts, key=lambda part: order[part.path]))
+        return tuple(sorted(parts, key=lambda part: order.get(part.path, len(order))))
 
     def module(self, path: str) -> Any:
         """Return the frozen module at a path."""
@@ -122,6 +122,13 @@ class Places:
                 child = self._children.get((id(module), name))
                 twin._modules[name] = None if child is None else self._copy(child, tensors, made)
         return made[id(module)]
+
+    @property
+    def tied_with_embedding(self) -> list[str]:
+        """The input embedding and the modules that read the same weight, in model order; nothing where none does."""
+        weight = getattr(self.modules.get(self.embedding_path or ""), "weight", None)
+        paths = [c.path for c in self.owners if weight is not None and _owns(self.modules[c.path], weight)]
+        return paths if len(paths) > 1 else []
 
     def path_of(self, module: nn.Module | None) -> str | None:
         """Return where a frozen module is, None if it is nowhere."""
@@ -182,6 +189,10 @@ def bare_copy(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     if isinstance(module, nn.RNNBase):  # it holds its weights a second time
         twin.__dict__["_flat_weights"] = [getattr(twin, name) for name in module._flat_weights_names]
     return twin
+
+
+def _owns(module: nn.Module, weight: Tensor) -> bool:
+    return getattr(module, "weight", None) is weight
 
 
 def _is_norm(module: nn.Module) -> bool:
