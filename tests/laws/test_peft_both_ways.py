@@ -12,7 +12,8 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from onebase.adapters.bank import Bank
-from onebase.config.methods import Ia3, Lora, PrefixTuning, PromptTuning
+from onebase.adapters.build import BUILDERS
+from onebase.config.methods import BitFit, Bottleneck, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
 from onebase.files.peft_format import read_adapter
 from onebase.measure.forward import batches_of
 from onebase.ops.segments import Segments
@@ -86,6 +87,24 @@ CASES: dict[str, Case] = {
     ),
     "ia3 on gpt-2's transposed layers": Case(
         Ia3(), peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True), architecture="gpt2"
+    ),
+    "layernorm tuning": Case(
+        LnTuning(), peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=r".*norm|.*layernorm")
+    ),
+    "layernorm tuning of gpt-2, with biases": Case(
+        LnTuning(target_modules=["ln_1", "ln_f"], modules_to_save=["wpe"]),
+        peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["ln_1", "ln_f"], modules_to_save=["wpe"]),
+        architecture="gpt2",
+    ),
+    "whole modules beside lora": Case(*lora(modules_to_save=["lm_head", "post_attention_layernorm"])),
+    "whole modules with short names beside dora": Case(
+        *lora({"modules_to_save": ["model.norm"]}, {"modules_to_save": ["l.norm"]}, use_dora=True)
+    ),
+    "a whole block beside ia3": Case(
+        Ia3(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["layers.1.mlp"]),
+        peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["layers.1.mlp"]
+        ),
     ),
     "lora on the embedding": Case(*lora(target_modules=["embed_tokens", "q_proj"])),
     "dora on the embedding": Case(*lora(target_modules=["embed_tokens", "q_proj"], use_dora=True)),
@@ -188,3 +207,51 @@ def test_what_we_saved_is_what_we_read(case: Case, tmp_path: Path) -> None:
     for found, expected in zip(our_logits(bank, "again"), our_logits(bank, "one"), strict=True):
         assert torch.equal(found, expected)
     assert not stored.notes
+
+
+OWN = [settings for settings in (BitFit(), Bottleneck(reduction_factor=4), Full()) if type(settings) in BUILDERS]
+
+
+@pytest.mark.parametrize("settings", OWN, ids=lambda settings: settings.method)
+def test_a_format_of_our_own_is_read_here_and_refused_there(settings: Any, tmp_path: Path) -> None:
+    bank = our_bank(Case(settings, None, changes=BIASED))
+    adapter = bank.add("one", settings, seed=2)
+    tiny.fill_(adapter)
+    saving.write(tmp_path / "a", bank.base, adapter, task="chat")
+    stored = read_adapter(tmp_path / "a")
+    again = bank.add("again", stored.settings, tensors=stored.tensors)
+    assert again.file_tensors.keys() == adapter.file_tensors.keys() and again.target_paths == adapter.target_paths
+    for found, expected in zip(our_logits(bank, "again"), our_logits(bank, "one"), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises((KeyError, ValueError), match=f"ONEBASE_{settings.method.upper()}"):
+        peft.PeftModel.from_pretrained(tiny.model_of("llama"), tmp_path / "a")
+
+
+NATIVE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "t5": (lora(target_modules=["q", "wo"]), {"task_type": "SEQ_2_SEQ_LM"}),
+    "vit": (lora(target_modules=["q_proj", "projection"], modules_to_save=["classifier"]), {"task_type": None}),
+    "plain": (lora(target_modules=["first", "along", "linear"], modules_to_save=["last"]), {"task_type": None}),
+    "plain with groups": (lora(target_modules=["grouped"], modules_to_save=["norm"]), {"task_type": None}),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_convolutions_images_and_two_stacks_both_ways(name: str, tmp_path: Path) -> None:
+    (ours, theirs), changes = NATIVE[name]
+    for key, value in changes.items():
+        setattr(theirs, key, value)
+    architecture = name.partition(" ")[0]
+    inputs = tiny.native_inputs(architecture, 3)
+    wrapped = trained(tiny.model_of(architecture), theirs)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    bank = Bank(tiny.base_of(architecture))
+    tiny.fill_(bank.add("another", ours, seed=8))
+    stored = read_adapter(tmp_path / "theirs")
+    bank.add("one", stored.settings, tensors=stored.tensors)
+    with torch.no_grad():
+        expected = tiny.numbers_of(wrapped(**inputs))
+        found = tiny.native_outputs(bank.base, bank.batch_route(["one"] * 3), inputs)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        saving.write(tmp_path / "ours", bank.base, bank.adapters["one"], task="chat")
+        again = peft.PeftModel.from_pretrained(tiny.model_of(architecture), tmp_path / "ours").eval()
+        torch.testing.assert_close(tiny.numbers_of(again(**inputs)), expected, **CLOSE)

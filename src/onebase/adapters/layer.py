@@ -320,6 +320,19 @@ def rows_of(module: nn.Module) -> Rows:
     return Rows.FIRST
 
 
+def frozen_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the model's own module at a path, whatever wrappers it and those around it have.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = model
+    for name in path.split("."):
+        found = getattr(module, name)
+        module = found.base_layer if isinstance(found, AdaptedLayer) else found
+    return module
+
+
 def path_key(path: str) -> int:
     """Return what a module's path adds to the keys of its dropout."""
     return zlib.crc32(path.encode())

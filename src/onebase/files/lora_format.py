@@ -194,7 +194,8 @@ def _rank_problem(module: str, A: tuple[int, ...], B: tuple[int, ...], config: M
         return [f"{module}: lora_A and lora_B must have 2 dimensions, or a convolution's, got {A} and {B}."]
     if is_of_parameters(module, config.get("target_parameters") or []):
         return [] if A[0] == B[1] and A[0] % rank == 0 else [f"{module}: the ranks of {A} and {B} differ."]
-    if A[:1] != (rank,) or B[1:2] != (rank,):
+    groups = A[0] // B[1] if len(A) > 2 and B[1] and A[0] % B[1] == 0 else 1  # of a convolution
+    if A[:1] != (rank,) or groups * B[1] != rank:
         return [f"{module}: lora_A must be ({rank}, in) and lora_B (out, {rank}), got {A} and {B}."]
     return []
 

@@ -25,7 +25,8 @@ class Placement:
     """Where an adapter is on its model, in the words of adapter_config.json.
 
     `targets` are the fields that choose `paths`, the targets; `modules_to_save` and `feedforward_modules` are names as
-    those fields hold them; `transposed` says that the targets store their weight (in, out), as GPT-2's.
+    those fields hold them; `transposed` says that the targets store their weight (in, out), as GPT-2's. `task_type`
+    is the class that PEFT puts around the model: one that generates must be able to.
     """
 
     targets: TargetNames = field(default_factory=lambda: TargetNames(()))
@@ -33,6 +34,7 @@ class Placement:
     modules_to_save: tuple[str, ...] = ()
     feedforward_modules: Names = ()
     transposed: bool = False
+    task_type: str | None = "CAUSAL_LM"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from onebase.files.other_formats import OTHERS
 from onebase.files.target_names import TargetNames
 
 CONFIG_NAME = "adapter_config.json"
-TASK_TYPES = {"chat": "CAUSAL_LM", "text": "CAUSAL_LM"}  # onebase's task: PEFT's task_type
 FORMATS: dict[str, Format] = {one.peft_type: one for one in (LORA, *OTHERS)}
 """Every format by its peft_type."""
 FORMAT_OF: dict[type[AdapterSettings], Format] = {one.settings: one for one in FORMATS.values()}
@@ -26,11 +25,12 @@ FORMAT_OF: dict[type[AdapterSettings], Format] = {one.settings: one for one in F
 
 _TODO = "Save the adapter again with peft's save_pretrained, or get an undamaged copy."
 _SHARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}  # without effect
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _NOTHING: tuple[object, ...] = (None, False, 0, "", [], {})
 
 
 def config_for(
-    settings: AdapterSettings, placement: Placement, *, base_path: str, revision: str | None, task: str
+    settings: AdapterSettings, placement: Placement, *, base_path: str, revision: str | None
 ) -> dict[str, Any]:
     """Return the content of adapter_config.json for an adapter; patterns are kept, whole numbers stay whole."""
     form = FORMAT_OF[type(settings)]
@@ -40,7 +40,7 @@ def config_for(
         "inference_mode": True,
         "peft_type": form.peft_type,
         "revision": revision,
-        "task_type": TASK_TYPES[task],
+        "task_type": placement.task_type,
     }
 
 
@@ -131,7 +131,7 @@ def _mentions(path: Path, form: Format, config: Mapping[str, Any]) -> list[str]:
         notes.append(f"{path}: init_lora_weights {start!r} only says how the weights began; read as true.")
     if config.get("prefix_projection"):
         notes.append(f"{path}: prefix_projection: the file holds what the projection made; read as plain prefixes.")
-    if config.get("task_type") not in (None, "CAUSAL_LM") and not config.get("modules_to_save"):
+    if config.get("task_type") in _WITH_HEADS and not config.get("modules_to_save"):
         notes.append(f"{path}: task_type {config['task_type']!r}: the file holds the adapter, not the task's head.")
     return notes
 

@@ -74,7 +74,7 @@ def write_adapter(
         CapacityError, ConfigError: the disk is full, the place cannot be written to.
     """
     form = FORMAT_OF[type(settings)]
-    config = config_for(settings, placement, base_path=base_path, revision=record.base_revision, task=record.task)
+    config = config_for(settings, placement, base_path=base_path, revision=record.base_revision)
     problems = tensor_problems(form, config, tensors)
     if problems:
         raise FileFormatError(list_problems(f"the adapter for {folder}, nothing was written", problems, shown=_SHOWN))

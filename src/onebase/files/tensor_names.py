@@ -101,6 +101,8 @@ def _weight_problems(name: str, tensor: Tensor) -> list[str]:
     """Return what is wrong with one tensor by itself: its dtype, a value that is not finite."""
     import torch
 
+    if name.endswith(".num_batches_tracked"):  # of a batch norm that is saved whole
+        return []
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return [f"{name}: must be float32, bfloat16, float16 or float64, got {tensor.dtype}."]
     bad = int((~torch.isfinite(tensor)).sum())

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.layer import frozen_module
 from onebase.base import pretrained
 from onebase.base.model import Base, load
 from onebase.errors import FileFormatError, ModelError
@@ -75,7 +76,7 @@ def with_present_paths(base: Base, stored: StoredAdapter) -> StoredAdapter:
 
     transformers 5 renamed parts of some models; an adapter from before names them as they were called then.
     """
-    there = {name for name, _ in base.model.named_modules()}
+    there = {name.replace(".base_layer", "") for name, _ in base.model.named_modules()}
     kept = tuple(getattr(stored.settings, "modules_to_save", None) or ())
     moved = {path: pretrained.renamed_path(base.model, path) for path in (*stored.module_paths, *kept)}
     moved = {old: new for old, new in moved.items() if old not in there and new in there and new != old}
@@ -123,7 +124,7 @@ def _check_copies(base: Base, stored: StoredAdapter) -> None:
     for name, copy in stored.base_copies.items():
         path, _, leaf = name.rpartition(".")
         try:
-            own = getattr(base.model.get_submodule(path), leaf)
+            own = getattr(frozen_module(base.model, path), leaf)
         except AttributeError:
             own = None
         if own is not None and own.shape == copy.shape and torch.equal(own.detach().cpu(), copy.to(own.dtype)):

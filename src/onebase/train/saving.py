@@ -9,6 +9,7 @@ from typing import Any
 
 import onebase
 from onebase.adapters.bank import Adapter
+from onebase.adapters.layer import frozen_module
 from onebase.adapters.lora import settings_in_file
 from onebase.adapters.matching import matches
 from onebase.base.model import Base
@@ -93,19 +94,29 @@ def placement_of(base: Base, adapter: Adapter) -> Placement:
     feedforward = {part.path for part in adapter.parts if getattr(part, "feedforward", False)}
     kept = getattr(settings, "modules_to_save", None) or ()
     saved = [part.path for part in adapter.parts if any(matches(name, part.path) for name in kept)]
-    frozen = [base.model.get_submodule(path) for path in paths]
+    kinds = {type(frozen_module(base.model, path)).__name__ for path in paths}
     return Placement(
         targets,
         paths,
         name_endings(saved, names),
         name_feedforward(targets, paths, feedforward),
-        any(type(getattr(module, "base_layer", module)).__name__ == "Conv1D" for module in frozen),
+        "Conv1D" in kinds,
+        _task_type(base.model, virtual=adapter.virtual_tokens > 0),
     )
+
+
+def _task_type(model: Any, *, virtual: bool) -> str | None:
+    """Return the task_type under which PEFT can open an adapter on this model: only some of its classes know prompts."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    if hasattr(model, "prepare_inputs_for_generation"):
+        return "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if virtual else None
 
 
 def module_paths(names: list[str]) -> list[str]:
     """Return the paths of the model's own modules: wrapped ones under their own name, as PEFT sees the plain model."""
-    return [name for name in names if name and not name.endswith(".base_layer")]
+    return list(dict.fromkeys(name.replace(".base_layer", "") for name in names if name))
 
 
 def save_tokenizer(base: Base, folder: Path, template: Path | None) -> None:
