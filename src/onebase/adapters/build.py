@@ -6,15 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from onebase.adapters import bias, copies, ia3, lora, prefix, prompt, tokens, tying
+from onebase.adapters import bias, bottleneck, copies, ia3, lora, prefix, prompt, tokens, tying
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
-from onebase.config.methods import AdapterSettings, BitFit, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
+from onebase.config.methods import (
+    AdapterSettings,
+    BitFit,
+    Bottleneck,
+    Full,
+    Ia3,
+    LnTuning,
+    Lora,
+    PrefixTuning,
+    PromptTuning,
+)
 
 BUILDERS: dict[type[Any], Callable[[Places, Any, int], Built]] = {
     Lora: lora.build,
     Ia3: ia3.build,
     BitFit: bias.build,
+    Bottleneck: bottleneck.build,
     LnTuning: copies.build_norms,
     Full: copies.build_full,
     PromptTuning: prompt.build,
