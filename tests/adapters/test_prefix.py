@@ -297,3 +297,18 @@ def test_a_sequence_without_its_virtual_tokens_is_an_error_and_never_another_res
     bank = bank_of()
     with pytest.raises(ValueError, match="a sequence of 'one' begins with 0 virtual tokens, not 5"):
         bank.route(tiny.batch_of(tiny.examples_of(4), "one").layout)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoders_hidden_states_equal_pefts(name):
+    bank = bank_of(name)
+    example = tiny.examples_of(9)
+    config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=COUNT)
+    theirs: Any = peft.get_peft_model(tiny.model_of(name, dtype=torch.float64), config).eval()
+    theirs.prompt_encoder["default"].embedding.weight.data = bank.adapters["one"].state[NAME].clone()
+    ids = torch.from_numpy(example.token_ids.astype("int64"))[None]
+    batch = batch_of(bank, "one", example)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        found = bank.base.hidden(batch.token_ids, bank.route(batch.layout))
+    torch.testing.assert_close(found[COUNT:], expected, **FP64)

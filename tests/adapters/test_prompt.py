@@ -6,11 +6,12 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from onebase.adapters.bank import Bank
 from onebase.adapters.prompt import NAME
 from onebase.base.model import Base
-from onebase.config.methods import Lora, PromptTuning
+from onebase.config.methods import Lora, PrefixTuning, PromptTuning
 from onebase.errors import ConfigError, TargetError
 from onebase.measure.forward import batches_of, forward_loss
 from onebase.ops.segments import Segments
@@ -260,6 +261,18 @@ def test_a_model_without_a_token_embedding_is_refused():
         bank.add("one", PromptTuning())
 
 
+@pytest.mark.parametrize("settings", [PromptTuning(), PrefixTuning()], ids=lambda s: s.method)
+def test_a_model_that_reads_token_ids_in_every_layer_is_refused(settings):
+    sizes: dict[str, Any] = {"head_dim": 8, "num_key_value_heads": 2, "hidden_size_per_layer_input": 8}
+    config = transformers.Gemma4TextConfig(
+        **tiny._SIZES, **sizes, vocab_size_per_layer_input=tiny.VOCABULARY, layer_types=["full_attention"] * 2
+    )
+    bank = Bank(Base(transformers.Gemma4ForCausalLM(config), name="tiny"))
+    with pytest.raises(TargetError, match=r"reads token ids in model.embed_tokens_per_layer too.*Use lora"):
+        bank.add("one", settings)
+    assert not any(module._forward_pre_hooks for module in bank.base.model.modules())
+
+
 @pytest.mark.parametrize("name", sorted(tiny.ENCODERS))
 def test_an_encoder_repeats_them_before_every_example_and_equals_embeddings_put_in_by_hand(name):
     bank = bank_of(name)
@@ -276,3 +289,18 @@ def test_an_encoder_repeats_them_before_every_example_and_equals_embeddings_put_
                 learned = bank.adapters["one"].state[NAME]
                 out = model(inputs_embeds=torch.cat([learned, embedded])[None]).last_hidden_state[0]
                 torch.testing.assert_close(own, out, **FP64)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_an_encoders_hidden_states_equal_pefts(name):
+    bank = bank_of(name)
+    example = tiny.examples_of(9)
+    config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=COUNT)
+    theirs: Any = peft.get_peft_model(tiny.model_of(name, dtype=torch.float64), config).eval()
+    theirs.prompt_encoder["default"].embedding.weight.data = bank.adapters["one"].state[NAME].clone()
+    ids = torch.from_numpy(example.token_ids.astype("int64"))[None]
+    batch = batch_of(bank, "one", example)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        found = bank.base.hidden(batch.token_ids, bank.route(batch.layout))
+    torch.testing.assert_close(found, expected, **FP64)

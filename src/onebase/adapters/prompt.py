@@ -12,7 +12,7 @@ go the same way.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from onebase.adapters.part import Built, RowCall
 from onebase.base import memory
+from onebase.base.check import probe_route
 from onebase.config.methods import PrefixTuning, PromptTuning
 from onebase.errors import ConfigError, TargetError
 from onebase.ops.keyed import mix
+from onebase.ops.layout import Layout, Node
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from onebase.adapters.places import Places
 
@@ -104,12 +106,42 @@ def embedding_path(places: Places, settings: PromptTuning | PrefixTuning) -> str
             f"adapter.method: {settings.method} puts virtual tokens before one sequence of tokens, but {base.name} "
             f"({type(base.model).__name__}) reads none: {base.why_native or 'it has no input embedding'}. Use lora."
         )
+    others = _other_readers(places, path)
+    if others:
+        raise TargetError(
+            f"adapter.method: {settings.method} puts tokens before a sequence that are in no vocabulary, but {base.name} "
+            f"({type(base.model).__name__}) reads token ids in {', '.join(others)} too, which has no row for them. Use lora."
+        )
     if base.max_length is not None and settings.num_virtual_tokens >= base.max_length:
         raise ConfigError(
             f"adapter.num_virtual_tokens: must leave room in the {base.max_length} tokens that {base.name} takes, "
             f"got {settings.num_virtual_tokens}."
         )
     return path
+
+
+@torch.no_grad()
+def _other_readers(places: Places, path: str) -> list[str]:
+    """Return the other embeddings that the base looks token ids up in (Gemma 3n's of every layer), by trying it."""
+    vocabulary = int(places.module(path).num_embeddings)
+    ids, found, hooks = [vocabulary - 1, vocabulary - 2], [], []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(module: nn.Module, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], Tensor) and given[0].flatten().tolist() == ids:
+                found.append(name)
+
+        return note
+
+    for name, module in places.modules.items():
+        if isinstance(module, nn.Embedding) and name != path:
+            hooks.append(module.register_forward_pre_hook(watch(name)))
+    try:
+        places.base.hidden(torch.tensor(ids), probe_route(places.base, Layout([Node(2)])))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def text_ids(places: Places, text: str, count: int) -> Tensor:
