@@ -103,6 +103,13 @@ class Adapter:
             tensor.copy_(tensors[name])
 
     @property
+    def may_rest(self) -> frozenset[str]:
+        """The names of trained tensors that a batch may leave alone: rows of tokens that it has none of, experts."""
+        rests = {id(p) for part in self.parts for _, p in part.parameters() if _may_rest(part)}
+        rests -= {id(p) for part in self.parts for _, p in part.parameters() if not _may_rest(part)}
+        return frozenset(name for name, p in self.parameters() if id(p) in rests)
+
+    @property
     def drops_out(self) -> bool:
         """Whether any of its parts has dropout."""
         return any(getattr(part, "dropout", 0) for part in self.parts)
@@ -312,6 +319,11 @@ class Bank:
             self.places.put(path, layer)
             self._layers[path] = layer
         return self._layers[path]
+
+
+def _may_rest(part: Part) -> bool:
+    """Return whether a part learns only where its module or its rows are visited."""
+    return bool(getattr(part, "visited_only", False)) or re.search(r"(^|\.)experts\.\d+(\.|$)", part.path) is not None
 
 
 def _check_name(name: object) -> None:

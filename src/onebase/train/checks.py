@@ -37,11 +37,16 @@ def check_losses(rows: RowLosses, batch: FlatBatch, examples: Examples, step: in
 def check_gradients(adapter: Adapter) -> None:
     """Raise unless every trained tensor has a finite gradient; called after the first backward.
 
+    Experts that no token was sent to, and rows of tokens that did not come, need none.
+
     Raises:
         TrainingError: the tensors without one.
     """
     problems = []
+    may_rest = adapter.may_rest
     for name, parameter in adapter.parameters():
+        if parameter.grad is None and name in may_rest:
+            continue
         if parameter.grad is None:
             problems.append(f"{name}: no gradient reaches it. Is its module used by this model's forward?")
         elif not bool(torch.isfinite(parameter.grad).all()):
@@ -81,10 +86,17 @@ def check_validation(loss: float, step: int) -> None:
 def check_moved(adapter: Adapter, before: dict[str, torch.Tensor]) -> None:
     """Raise unless every trained tensor differs from `before`; called after the third step.
 
+    Experts and rows of tokens that were not visited are as they were.
+
     Raises:
         TrainingError: the tensors that did not move.
     """
-    still = [name for name, parameter in adapter.parameters() if torch.equal(parameter, before[name])]
+    may_rest = adapter.may_rest
+    still = [
+        name
+        for name, parameter in adapter.parameters()
+        if name not in may_rest and torch.equal(parameter, before[name])
+    ]
     if still:
         problems = [
             f"{name}: has not changed in three steps; its gradient is zero, or train.learning_rate too small."
