@@ -17,6 +17,7 @@ from typing import Any
 from tests import families, tiny
 
 from onebase.adapters.bank import Bank
+from onebase.adapters.matching import Candidate
 from onebase.adapters.part import Part
 from onebase.adapters.places import NORM
 from onebase.config.targeting import Targeted
@@ -26,7 +27,23 @@ PAGE = Path(__file__).with_name("coverage.md")
 DEFAULT = "default targets"
 OWNERS: dict[int, str | None] = {0: "one", 1: None, 2: "two", 3: "one"}
 YES, ALONE = "yes", "alone"
-NAMES = {"linear": "linear", "transposed-linear": "GPT-2's Conv1D", "conv1d": "Conv1d", "conv2d": "Conv2d"}
+NAMES = {
+    "linear": "linear",
+    "transposed-linear": "GPT-2's Conv1D",
+    "conv1d": "Conv1d",
+    "conv2d": "Conv2d",
+    "experts": "experts",
+    NORM: "norm",
+}
+ORDER = (
+    DEFAULT,
+    *list(NAMES.values())[:4],
+    "grouped convolution",
+    "token embedding",
+    "other embedding",
+    "head",
+    "tied head",
+)
 
 
 @dataclass(frozen=True)
@@ -37,70 +54,74 @@ class Outcome:
     why: str = ""
 
 
-def columns_of(bank: Bank) -> dict[str, dict[str, Any]]:
-    """Return the settings that put an adapter on one layer of each kind that the model has, by the kind's name."""
+def columns_of(bank: Bank) -> dict[str, list[dict[str, Any]]]:
+    """Return, for each kind of layer that the model has, the settings that put an adapter on one; the first that do count."""
     places = bank.places
-    found: dict[str, dict[str, Any]] = {DEFAULT: {}}
-    for candidate in places.owners:
-        module = places.module(candidate.path)
-        kind = candidate.kind
-        label = NAMES.get(kind, kind)
-        if candidate.path == places.head_path:
-            tied = places.embedding_path is not None and module.weight is places.module(places.embedding_path).weight
-            label = "tied head" if tied else "head"
-        elif kind == "embedding":
-            label = "token embedding" if places.reads_tokens(candidate.path) else "other embedding"
-            if label in found and candidate.path != places.embedding_path:  # T5 calls copies of what it names
-                found[label] = {"target_modules": [candidate.path]}
-        elif getattr(module, "groups", 1) > 1:
-            label = "grouped convolution"
-        elif kind not in (*NAMES, NORM, "experts"):
-            label = "bare parameters"
-        found.setdefault(label, {"target_modules": [candidate.path]})
-    if "experts" in found:
-        [path] = found["experts"]["target_modules"]
-        name = next(name for name, p in places.module(path).named_parameters() if p.ndim == 3)
-        found["experts"] |= {"target_parameters": [f"{path}.{name}"]}
+    found: dict[str, list[dict[str, Any]]] = {DEFAULT: [{}]}
+    for candidate in sorted(places.owners, key=lambda c: c.kind.startswith("embedding") and -_size(bank, c.path)):
+        label = label_of(bank, candidate)
+        found.setdefault(label, [{"target_modules": [candidate.path]}])
+        if label == "token embedding":  # T5 has three names for one, and calls two of them
+            found[label].append({"target_modules": [candidate.path]})
+        if candidate.kind == "experts" and len(found[label]) == 1:
+            name = next(name for name, p in places.module(candidate.path).named_parameters() if p.ndim == 3)
+            parameter = {"target_modules": "attention", "target_parameters": [f"{candidate.path}.{name}"]}
+            found[label].insert(0, parameter)
     if places.embedding_path is not None:
-        found["token rows"] = {"trainable_token_indices": [3, 5]}
-    whole = next((c.path for c in reversed(places.owners) if c.kind in ("linear", NORM)), None)
-    found["whole module"] = {"modules_to_save": [whole]}
-    return found
+        found["token rows"] = [{"trainable_token_indices": [3, 5]}]
+    ends = [[c.path for c in places.owners if c.kind == kind] for kind in ("linear", NORM)]
+    found["whole module"] = [
+        {"modules_to_save": [saved[-1]], "target_modules": [adapted[0]]} for saved in ends for adapted in ends
+    ]
+    return {label: found[label] for label in (*(label for label in ORDER if label in found), *found)}
 
 
-def settings_of(kind: type[Any], settings: Mapping[str, Any], column: Mapping[str, Any]) -> Any:
-    """Return a method's settings for one column; stacked experts are named as parameters where it knows them so.
-
-    Raises:
-        ConfigError: the method has no such setting.
-    """
-    if "target_parameters" in column:
-        name = "target_parameters" if "target_parameters" in kind.model_fields else "target_modules"
-        column = {name: column[name]} | ({"target_modules": "attention"} if name == "target_parameters" else {})
-    if column and not issubclass(kind, Targeted):
-        raise ConfigError("it stands before the sequence, on no layer")
-    for name in column:
-        if name not in kind.model_fields:
-            raise ConfigError(f"it has no {name}")
-    return kind(**{**settings, **column})
+def label_of(bank: Bank, candidate: Candidate) -> str:
+    """Return what a layer's column is called."""
+    places, module = bank.places, bank.places.module(candidate.path)
+    if candidate.path == places.head_path:
+        tied = places.embedding_path is not None and module.weight is places.module(places.embedding_path).weight
+        return "tied head" if tied else "head"
+    if candidate.role == "embedding":
+        return "token embedding" if places.reads_tokens(candidate.path) else "other embedding"
+    if getattr(module, "groups", 1) > 1:
+        return "grouped convolution"
+    return NAMES.get(candidate.kind, "bare parameters")
 
 
-def tried(bank: Bank, kind: type[Any], settings: Mapping[str, Any], column: Mapping[str, Any]) -> Outcome:
-    """Return what comes of a method's settings on a model, see above."""
+def _size(bank: Bank, path: str) -> int:
+    return sum(p.numel() for p in bank.places.module(path).parameters(recurse=False))
+
+
+def tried(bank: Bank, kind: type[Any], settings: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> Outcome:
+    """Return what comes of a method on one column: of the first settings that it takes, see above."""
+    if any(columns) and not issubclass(kind, Targeted):
+        return Outcome("no", "it stands before the sequence, on no layer")
+    known = [column for column in columns if set(column) <= set(kind.model_fields)]
+    if not known:
+        return Outcome("no", f"it has no {next(name for name in columns[0] if name not in kind.model_fields)}")
+    found = [tried_one(bank, kind, settings, column) for column in known]
+    return next((outcome for outcome in found if outcome.word != "no"), found[0])
+
+
+def tried_one(bank: Bank, kind: type[Any], settings: Mapping[str, Any], column: Mapping[str, Any]) -> Outcome:
+    """Return what comes of one adapter's settings on a model."""
     try:
-        chosen = settings_of(kind, settings, column)
+        chosen = kind(**{**settings, **column})
         for seed, name in enumerate(("one", "two")):
             adapter = bank.add(name, chosen, seed=seed)
             families.perturb_(tiny.as_dtype_(adapter, bank.base.dtype), seed)
             check_place(bank, adapter.parts, column)
+        word, why = YES, ""
+        mixed: dict[int, Any] = {}
+        gradients: dict[str, dict[str, Any]] = {}
         try:
             mixed, gradients = results(bank, OWNERS)
-            word = YES
         except ConfigError as error:
-            mixed, gradients, word, why = {}, {}, ALONE, str(error)
+            word, why = ALONE, short(str(error), bank)
         for name in ("one", "two"):
             check(bank, name, mixed, gradients)
-        return Outcome(word, "" if word == YES else short(why, bank))
+        return Outcome(word, why)
     except (ConfigError, TargetError) as error:
         return Outcome("no", short(str(error), bank))
     finally:
@@ -144,11 +165,13 @@ def short(text: str, bank: Bank) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reasons = []
     for line in lines[1:] if re.match(r"\d+ problems? in", lines[0]) else lines[:1]:
-        line = re.sub(r"^adapter\.|^target_modules: ", "", line.replace(f"{bank.base.name}: ", ""))
-        line = re.split(r", got |(?<!\d)\. |; |: it has", line.removeprefix("target_modules: "))[0]
+        line = line.replace(f"{bank.base.name}: ", "")
+        line = re.sub(r"^(adapter\.)?(target_modules|method): |^\w+(\.\w+)+: ", "", line).removeprefix("adapter.")
+        line = re.split(r", got |, not on |(?<!\d)\. |; |: it has", line)[0]
         line = re.sub(r"^'.*' matches none of \d+ (.*)", r"it goes on \1", line)
-        line = re.sub(r"^.* goes on (.*?)( in this version)?$", r"it goes on \1", line)
+        line = re.sub(r"^[\w ]{2,20} goes on (.*?)( in this version)?$", r"it goes on \1", line)
         line = re.sub(r"tiny-[\w-]+( \(\w+\))?", "the model", line)
+        line = re.sub(r"'?\b\w+(\.\w+)+\b'?", "the module", line)
         reasons.append(re.sub(rf"\ba {type(bank.base.model).__name__}\b", "it", line).rstrip(".:"))
     return " and ".join(dict.fromkeys(reasons))
 
@@ -203,7 +226,8 @@ def sections(notes: Notes) -> Iterator[str]:
     """Yield a heading and a table for each family."""
     for family, names in families.FAMILIES.items():
         table = outcomes(names)
-        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        seen = dict.fromkeys(column for row in table.values() for column in row)
+        columns = [label for label in (*ORDER, *seen) if seen.pop(label, 0) is None]
         lines = [["method", *columns], ["---"] * (1 + len(columns))]
         lines += [
             [f"`{label}`", *(cell(row.get(column, {}), notes) for column in columns)] for label, row in table.items()
@@ -229,7 +253,7 @@ adapter alone.
 - empty: no model of the family has such a layer.
 
 *Default targets* are what the method chooses where `target_modules` is not given. A *head* is the output head;
-*other embedding* is one of positions or types; *token rows* are `trainable_token_indices`; *whole module* is
+*other embedding* is one of positions or types; *bare parameters* are a module's own that is none of the other kinds; *token rows* are `trainable_token_indices`; *whole module* is
 `modules_to_save`.
 
 {tables}

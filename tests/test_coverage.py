@@ -13,15 +13,14 @@ def test_every_method_is_tried() -> None:
     assert tried == set(BUILDERS) <= set(METHODS.values())
 
 
-def test_a_setting_that_is_silently_left_out_ends_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_is_silently_left_out_ends_the_script() -> None:
     bank = families.bank_on("llama")
     kind, settings = families.VARIANTS["lora"]
-    column = make_coverage.columns_of(bank)["linear"]
-    assert make_coverage.tried(bank, kind, settings, column).word == make_coverage.YES
-    elsewhere = {"target_modules": ["model.layers.1.mlp.down_proj"]}
-    monkeypatch.setattr(make_coverage, "settings_of", lambda *given: kind(**settings, **elsewhere))
+    columns = make_coverage.columns_of(bank)["linear"]
+    assert make_coverage.tried(bank, kind, settings, columns).word == make_coverage.YES
+    parts = bank.add("elsewhere", kind(**settings, target_modules=["down_proj"])).parts
     with pytest.raises(AssertionError, match="nothing was put on"):
-        make_coverage.tried(bank, kind, settings, column)
+        make_coverage.check_place(bank, parts, columns[0])
 
 
 @pytest.mark.slow

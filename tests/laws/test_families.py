@@ -10,9 +10,7 @@ from onebase.base.model import Base
 from onebase.config.methods import Lora
 from tests import families, tiny
 
-NOT_YET = {"gpt2"}
 ENTRIES = range(4)
-FAMILIES = [name for name in families.ALL if name not in NOT_YET]
 
 
 def learn(bank: Bank, steps: int = 6) -> list[float]:
@@ -35,7 +33,7 @@ def own_targets(name: str) -> Lora:
     return Lora(r=4, lora_alpha=8, exclude_modules=[r"pooler.dense"] if name in ("bert", "roberta") else None)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families.ALL)
 def test_lora_on_default_targets_learns_is_saved_loaded_and_merged(name, tmp_path):
     whole = api.Bank(tiny.base_of(name))
     whole.add("own", own_targets(name))
@@ -57,7 +55,7 @@ def test_lora_on_default_targets_learns_is_saved_loaded_and_merged(name, tmp_pat
         torch.testing.assert_close(merged[i], trained[i], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families.ALL)
 def test_each_entry_of_a_mixed_batch_equals_it_alone(name):
     bank = families.bank_on(name)
     for seed, adapter in enumerate(("one", "two")):
@@ -81,7 +79,7 @@ def test_each_entry_of_a_mixed_batch_equals_it_alone(name):
                 )
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*tiny.NATIVE, "plain")])
+@pytest.mark.parametrize("name", [name for name in families.ALL if name not in (*tiny.NATIVE, "plain")])
 def test_flat_equals_padded(name):
     bank = families.bank_on(name)
     for seed, adapter in enumerate(("one", "two")):

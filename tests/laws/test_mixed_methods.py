@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from onebase.adapters.bank import Bank
+from onebase.config.methods import Lora
 from onebase.errors import ConfigError, TargetError
 from tests import families, tiny
 
 
 def fill(bank: Bank) -> None:
     """Add every method that the model can have, each away from where it starts."""
-    for seed, (label, (kind, settings)) in enumerate(families.variants().items()):
+    token_rows = {"lora, token rows": (Lora, {"r": 4, "trainable_token_indices": [3, 5, 60]})}
+    for seed, (label, (kind, settings)) in enumerate((families.variants() | token_rows).items()):
         try:
             bank.add(label, kind(**settings), seed=seed)
         except (ConfigError, TargetError):
