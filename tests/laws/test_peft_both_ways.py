@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from onebase.adapters.bank import Bank
 from onebase.adapters.build import BUILDERS
 from onebase.config.methods import BitFit, Bottleneck, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
+from onebase.errors import FileFormatError
 from onebase.files.peft_format import read_adapter
 from onebase.measure.forward import batches_of
 from onebase.ops.segments import Segments
@@ -106,6 +107,25 @@ CASES: dict[str, Case] = {
             task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["layers.1.mlp"]
         ),
     ),
+    "token rows beside lora": Case(*lora(trainable_token_indices=[3, 7, 11])),
+    "token rows by name beside dora": Case(
+        *lora(trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [5]}, use_dora=True)
+    ),
+    "token rows of a tied model": Case(*lora(trainable_token_indices=[3, 7, 11]), architecture="llama-tied"),
+    "token rows tied by name": Case(
+        *lora(trainable_token_indices={"embed_tokens": [3, 7]}, ensure_weight_tying=True), architecture="llama-tied"
+    ),
+    "lora on a tied embedding": Case(
+        *lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True), architecture="llama-tied"
+    ),
+    "a whole tied embedding": Case(
+        *lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), architecture="llama-tied"
+    ),
+    "lora on an embedding that stays tied in the base alone": Case(
+        *lora(target_modules=["embed_tokens", "q_proj"]), architecture="llama-tied"
+    ),
+    "gaussian start": Case(*lora(init_lora_weights="gaussian")),
+    "orthogonal start": Case(*lora(init_lora_weights="orthogonal")),
     "lora on the embedding": Case(*lora(target_modules=["embed_tokens", "q_proj"])),
     "dora on the embedding": Case(*lora(target_modules=["embed_tokens", "q_proj"], use_dora=True)),
 }
@@ -255,3 +275,26 @@ def test_convolutions_images_and_two_stacks_both_ways(name: str, tmp_path: Path)
         saving.write(tmp_path / "ours", bank.base, bank.adapters["one"], task="chat")
         again = peft.PeftModel.from_pretrained(tiny.model_of(architecture), tmp_path / "ours").eval()
         torch.testing.assert_close(tiny.numbers_of(again(**inputs)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"down_proj": 2}}, {"use_dora": True}])
+def test_a_start_from_the_base_is_saved_as_twice_the_rank_and_pefts_own_is_refused(
+    init: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    settings, config = lora(init_lora_weights=init, **more)
+    bank = our_bank(Case(settings, config))
+    adapter = bank.add("one", settings, seed=2)
+    with torch.no_grad():
+        for _, parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    saving.write(tmp_path / "a", bank.base, adapter, task="chat")
+    wrapped = peft.PeftModel.from_pretrained(tiny.model_of("llama"), tmp_path / "a").eval()
+    assert_same_logits(bank, "one", wrapped)
+    stored = read_adapter(tmp_path / "a")
+    assert isinstance(stored.settings, Lora) and stored.settings.r == 2 * settings.r
+    bank.add("again", stored.settings, tensors=stored.tensors)
+    assert_same_logits(bank, "again", wrapped)
+    trained(tiny.model_of("llama"), config).save_pretrained(tmp_path / "raw")
+    with pytest.raises(FileFormatError, match=r"init_lora_weights: .* belongs to a base that it changed"):
+        read_adapter(tmp_path / "raw")

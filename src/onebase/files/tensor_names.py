@@ -54,6 +54,8 @@ def name_tensors(form: Format, config: Mapping[str, Any], stored: Mapping[str, T
             copies[name.replace(".base_layer.", ".")] = tensor
         else:
             problems.append(f"{key}: no tensor of {form.settings.title} as {form.peft_type} has them.")
+    if config.get("ensure_weight_tying"):
+        own |= _tied_again(own, copies, saved)
     if config.get("modules_to_save") and not saved:
         problems.append(f"there is no tensor of modules_to_save, {config['modules_to_save']}.")
     if len(adapters) > 1:
@@ -81,6 +83,13 @@ def saved_module(name: str, modules_to_save: Iterable[str]) -> str | None:
 def is_base_bias(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a tensor is a bias of the base that LoRA's `bias` trains."""
     return config.get("bias") in ("all", "lora_only") and name.endswith(".bias")
+
+
+def _tied_again(own: Mapping[str, Tensor], copies: dict[str, Tensor], saved: Iterable[str]) -> dict[str, Tensor]:
+    """Return the weights that a file holds a second time because they are tied to one that is trained whole."""
+    trained = [own[name] for path in saved if (name := f"{path}.weight") in own]
+    twice = [name for name, tensor in copies.items() if any(tensor is one or tensor.equal(one) for one in trained)]
+    return {name: copies.pop(name) for name in twice}
 
 
 def _plain(key: str) -> tuple[str, str]:
