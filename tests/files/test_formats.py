@@ -25,7 +25,7 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "PROMPT_TUNING": (PromptTuning(num_virtual_tokens=2, prompt_tuning_init="RANDOM"), ()),
     "PREFIX_TUNING": (PrefixTuning(num_virtual_tokens=2), ()),
     "ONEBASE_BITFIT": (BitFit(target_modules=list(PATHS)), ("bias",)),
-    "ONEBASE_BOTTLENECK": (Bottleneck(target_modules=list(PATHS), placement="houlsby"), ("bottleneck_down.weight",)),
+    "ONEBASE_BOTTLENECK": (Bottleneck(target_modules=list(PATHS), placement="houlsby"), ("adapter_down.weight", "adapter_up.bias")),
     "ONEBASE_FULL": (Full(target_modules=list(PATHS)), ("weight", "bias")),
 }
 
@@ -105,8 +105,8 @@ def test_numbers_that_are_not_finite_are_neither_read_nor_written(tmp_path: Path
     save_file(tensors, path)
     with pytest.raises(FileFormatError, match=r"1 of \d+ values are NaN or infinite"):
         read_adapter(tmp_path / "a")
+    settings, _ = SAMPLES[kind]
     with pytest.raises(FileFormatError, match="nothing was written"):
-        settings, _ = SAMPLES[kind]
         write_adapter(tmp_path / "b", settings, _plain(tensors), placement=Placement(), base_path="t", record=record())
 
 

@@ -193,7 +193,7 @@ BOTTLENECK = Format(
         _write_own(settings, placement) | {name: getattr(settings, name) for name in _BOTTLENECK}
     ),
     read=lambda config, content: _read_own(config, content) | {name: config[name] for name in _BOTTLENECK},
-    endings=(r"bottleneck_[a-z]+\.[^.]+", r"bottleneck\..+"),
+    endings=(r"adapter_(?:down|up)\.(?:weight|bias)",),
     needed=frozenset({"target_modules", *_BOTTLENECK}),
 )
 
