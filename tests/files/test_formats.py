@@ -25,7 +25,10 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "PROMPT_TUNING": (PromptTuning(num_virtual_tokens=2, prompt_tuning_init="RANDOM"), ()),
     "PREFIX_TUNING": (PrefixTuning(num_virtual_tokens=2), ()),
     "ONEBASE_BITFIT": (BitFit(target_modules=list(PATHS)), ("bias",)),
-    "ONEBASE_BOTTLENECK": (Bottleneck(target_modules=list(PATHS), placement="houlsby"), ("adapter_down.weight", "adapter_up.bias")),
+    "ONEBASE_BOTTLENECK": (
+        Bottleneck(target_modules=list(PATHS), placement="houlsby"),
+        ("adapter_down.weight", "adapter_up.bias"),
+    ),
     "ONEBASE_FULL": (Full(target_modules=list(PATHS)), ("weight", "bias")),
 }
 
