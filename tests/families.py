@@ -35,6 +35,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
 # What a model computes in fp32 whatever its dtype (norms, rotary angles, softmax) is rounded by where it lies.
 TOLERANCE: dict[str, dict[str, Any]] = {"gemma3": {"rtol": 1e-5, "atol": 2e-6}}
+EAGER: dict[str, dict[str, Any]] = {"qwen3-moe": {"experts_implementation": "eager"}}
+"""What lets a model run in fp64: the fused experts of transformers do not know it."""
 ALL = tuple(name for names in FAMILIES.values() for name in names)
 LENGTHS = tuple(5 + 7 * number % 19 for number in range(24))
 """The lengths of the examples of a model of tokens; every model has as many entries."""
@@ -76,10 +78,7 @@ def perturb_(adapter: Any, seed: int, size: float = 0.1) -> Any:
 
 def bank_on(name: str, dtype: torch.dtype = torch.float64) -> Bank:
     """Return an empty bank on a tiny model."""
-    changes: dict[str, Any] = {}
-    if name in ("qwen3-moe", "mixtral") and dtype == torch.float64:
-        changes["experts_implementation"] = "eager"  # the fused experts of transformers know no fp64
-    return Bank(tiny.base_of(name, dtype=dtype, **changes))
+    return Bank(tiny.base_of(name, dtype=dtype, **EAGER.get(name, {})))
 
 
 def name_of(bank: Bank) -> str:

@@ -10,9 +10,10 @@ import torch
 from onebase.adapters.bank import Bank
 from onebase.adapters.merging import merged_state, plain_state
 from onebase.base.fingerprint import fingerprint_of_state
+from onebase.base.model import Base
 from onebase.config.methods import Ia3, Lora
-from onebase.errors import ConfigError
-from tests import tiny
+from onebase.errors import ConfigError, TargetError
+from tests import families, tiny
 
 DECODERS = ["llama", "llama-tied", "qwen3", "gemma2", "phi3", "gpt-neox", "opt", "bloom", "qwen3-moe"]
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8}
@@ -146,3 +147,30 @@ def test_a_part_that_cannot_be_written_into_its_module_says_so():
 def test_an_adapter_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="no adapter 'nobody' in the bank; it has none"):
         merged_state(Bank(tiny.base_of("llama")), "nobody")
+
+
+NO_WEIGHTS = {"bottleneck", "prompt-tuning", "prefix-tuning"}
+
+
+@pytest.mark.parametrize("name", families.ALL)
+def test_every_method_merges_to_what_it_does_unmerged_or_says_why_it_cannot(name):
+    bank = families.bank_on(name)
+    before = fingerprint_of_state(bank.base.model)
+    for seed, (label, (kind, settings)) in enumerate(families.variants().items()):
+        try:
+            adapter = bank.add("own", kind(**settings), seed=seed)
+        except (ConfigError, TargetError):
+            continue  # docs/coverage.md says which and why
+        families.perturb_(tiny.as_dtype_(adapter, torch.float64), seed)
+        if adapter.settings.method in NO_WEIGHTS:
+            with pytest.raises(ConfigError, match=rf"'own' \({adapter.settings.method}\) cannot be merged: it"):
+                merged_state(bank, "own")
+        else:
+            unmerged = families.run(bank, dict.fromkeys(range(3), "own"))[0]
+            plain = tiny.model_of(name, dtype=torch.float64, seed=7, **families.EAGER.get(name, {}))
+            plain.load_state_dict(merged_state(bank, "own"))
+            merged = families.run(Bank(Base(plain, name=bank.base.name)), dict.fromkeys(range(3), None))[0]
+            for i, rows in unmerged.items():
+                families.check_same(f"{label}, entry {i}", merged[i], rows, bank)
+        bank.remove("own")
+    assert fingerprint_of_state(bank.base.model) == before
