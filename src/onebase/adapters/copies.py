@@ -69,7 +69,7 @@ class CopyPart:
     def instead(self, call: RowCall) -> Any:
         """Return what the copy makes of the rows."""
         rounded = {name: p.to(self.dtypes[name]) for name, p in self.own.items() if p.dtype != self.dtypes[name]}
-        return call.run(_Rounded(self.twin, rounded) if rounded else self.twin)
+        return call.run(WithTensors(self.twin, rounded) if rounded else self.twin)
 
     @torch.no_grad()
     def merge_(self, module: nn.Module) -> None:
@@ -78,7 +78,7 @@ class CopyPart:
             _tensor_of(module, name).copy_(tensor)
 
 
-class _Rounded(nn.Module):
+class WithTensors(nn.Module):
     """A module that computes with other tensors in the place of some of its own, for one call."""
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

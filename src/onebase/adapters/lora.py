@@ -23,13 +23,14 @@ from onebase.adapters.conv import make_conv
 from onebase.adapters.dense import add_product_, dense_weight
 from onebase.adapters.dora import make_magnitude
 from onebase.adapters.embedding import make_embedding
-from onebase.adapters.matching import Reach, check_patterns, for_path
+from onebase.adapters.experts import choose_parameters, make_experts, pair_width
+from onebase.adapters.matching import Match, Reach, check_patterns, for_path
 from onebase.adapters.pair import PairPlan, initialise_, matrix_shape, scaling_of
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
 from onebase.base import memory
 from onebase.config.methods import Lora
-from onebase.errors import ConfigError, TargetError, list_problems
+from onebase.errors import TargetError
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +94,18 @@ def build(places: Places, settings: Lora, seed: int) -> Built:
         TargetError: the settings name a module that is not there, or none, or one that cannot have what they say.
         CapacityError: there is no memory for them.
     """
-    _refuse_what_is_not_computed_yet(settings)
-    match = places.choose(settings, REACH)
+    match = Match((), ()) if settings.target_modules == [] else places.choose(settings, REACH)
+    stacked = _parameters(places, settings, match.paths)
+    every = [*match.paths, *(f"{path}.{name}" for path, names in stacked.items() for name in names)]
     patterns = {"rank_pattern": [*settings.rank_pattern], "alpha_pattern": [*settings.alpha_pattern]}
-    check_patterns(patterns, match.paths, places.base.name)
+    check_patterns(patterns, every, places.base.name)
     plans = [plan_of(settings, path, seed) for path in match.paths]
     shapes = [matrix_shape(places.module(path)) for path in match.paths]
     _check_starts(places, settings, match.paths)
     numbers = sum(plan.r * sum(shape) for plan, shape in zip(plans, shapes, strict=True))
+    for path, names in stacked.items():
+        weights = {name: places.module(path).get_parameter(name) for name in names}
+        numbers += sum(plan_of(settings, f"{path}.{n}", seed).r * pair_width(w) for n, w in weights.items())
     copies = 2 if start.takes_from_base(settings.init_lora_weights) else 1
     memory.check_room_for("the adapter", 4 * copies * numbers, "Set a smaller adapter.r, or fewer target_modules.")
     parts: list[Part] = []
@@ -110,7 +115,33 @@ def build(places: Places, settings: Lora, seed: int) -> Built:
         parts.append(part)
         if settings.use_dora:
             parts.append(make_magnitude(part, module, places.squares(plan.path)))
+    for path, names in stacked.items():
+        experts, planned = make_experts(path, names, places, lambda name: plan_of(settings, name, seed))
+        parts.append(experts)
+        plans += [plan for plan, _ in planned]
+        shapes += [shape for _, shape in planned]
     return Built(tuple(parts), match.paths, match.warnings, refusals=_too_large(plans, shapes))
+
+
+def _parameters(places: Places, settings: Lora, targets: Sequence[str]) -> dict[str, list[str]]:
+    """Return what `target_parameters` names, by module.
+
+    Raises:
+        TargetError: a name matches nothing or a target, or another setting cannot be had on bare parameters.
+    """
+    if not settings.target_parameters:
+        return {}
+    cannot = {
+        "lora_dropout": settings.lora_dropout > 0,
+        "use_dora": settings.use_dora,
+        "init_lora_weights": settings.init_lora_weights not in start.PLAIN,
+    }
+    if wrong := [name for name, given in cannot.items() if given]:
+        raise TargetError(
+            f"adapter.target_parameters: {', '.join(wrong)} cannot be had on bare parameters, whose input is not seen. "
+            "Remove it, or target_parameters."
+        )
+    return choose_parameters(places, settings.target_parameters, targets)
 
 
 def plan_of(settings: Lora, path: str, seed: int) -> PairPlan:
@@ -203,10 +234,3 @@ def settings_in_file(settings: Lora) -> Lora:
             "init_lora_weights": True,
         }
     )
-
-
-def _refuse_what_is_not_computed_yet(settings: Lora) -> None:
-    names = ("target_parameters",)
-    given = [name for name in names if getattr(settings, name)]
-    if given:
-        raise ConfigError(list_problems("adapter", [f"{name}: is not available in this version." for name in given]))

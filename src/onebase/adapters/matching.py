@@ -151,6 +151,11 @@ def choose_targets(
         problems.append(
             f"adapter.target_modules: {reach.method} goes on {reach.noun} in this version, got {', '.join(wrong)}. "
             f"List them: onebase targets {model_name}"
+            + (
+                " Stacked experts go into adapter.target_parameters."
+                if any(c.kind == "experts" for c in chosen)
+                else ""
+            )
         )
     if not problems and not chosen:
         problems.append(f"adapter.target_modules: nothing is left to adapt. List them: onebase targets {model_name}")

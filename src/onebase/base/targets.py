@@ -112,7 +112,7 @@ def _is_available(kind: Kind, module: nn.Module, parent: nn.Module, block: tuple
     if kind == "embedding":  # not one of distances in an attention (T5), nor one that counts its positions itself (OPT)
         first = next(iter(inspect.signature(module.forward).parameters), "")
         return block is None and first in ("input", "input_ids")
-    return kind not in ("quantised-linear", "experts")
+    return kind != "quantised-linear"
 
 
 def preset_paths(model: nn.Module, preset: str) -> list[str]:
