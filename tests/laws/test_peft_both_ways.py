@@ -24,6 +24,7 @@ from tests import tiny
 PREFIX = "base_model.model."
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 BIASED = {"attention_bias": True}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -123,6 +124,23 @@ CASES: dict[str, Case] = {
     ),
     "lora on an embedding that stays tied in the base alone": Case(
         *lora(target_modules=["embed_tokens", "q_proj"]), architecture="llama-tied"
+    ),
+    "stacked experts": Case(*lora(target_parameters=EXPERTS, target_modules=["q_proj"]), architecture="mixtral"),
+    "stacked experts alone": Case(*lora(target_parameters=EXPERTS, target_modules=[]), architecture="mixtral"),
+    "one stack of experts, by its last name": Case(
+        *lora(target_parameters=["down_proj"], target_modules=["q_proj"]), architecture="mixtral"
+    ),
+    "stacked experts with ranks and alphas by pattern": Case(
+        *lora(
+            target_parameters=EXPERTS,
+            target_modules=["q_proj"],
+            rank_pattern={"experts.down_proj": 2},
+            alpha_pattern={"experts.gate_up_proj": 7, "q_proj": 5},
+        ),
+        architecture="mixtral",
+    ),
+    "stacked experts of another family": Case(
+        *lora(target_parameters=EXPERTS, target_modules=["q_proj"]), architecture="qwen3-moe"
     ),
     "gaussian start": Case(*lora(init_lora_weights="gaussian")),
     "orthogonal start": Case(*lora(init_lora_weights="orthogonal")),

@@ -29,7 +29,7 @@ from onebase.files.method_format import (
     targeted_fields,
     targeted_values,
 )
-from onebase.files.target_names import order_free_patterns
+from onebase.files.target_names import TargetNames, order_free_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,8 @@ _RULES: Rules = {
 
 
 def _write(settings: Lora, placement: Placement) -> dict[str, Any]:
-    alphas = order_free_patterns(settings.alpha_pattern, placement.paths)
+    places = (*placement.paths, *placement.parameters)
+    alphas = order_free_patterns(settings.alpha_pattern, places)
     return targeted_fields(placement) | {
         "alpha_pattern": {key: whole(value) for key, value in alphas.items()},
         "bias": settings.bias,
@@ -94,7 +95,7 @@ def _write(settings: Lora, placement: Placement) -> dict[str, Any]:
         "lora_alpha": whole(settings.lora_alpha),
         "lora_dropout": settings.lora_dropout,
         "r": settings.r,
-        "rank_pattern": order_free_patterns(settings.rank_pattern, placement.paths),
+        "rank_pattern": order_free_patterns(settings.rank_pattern, places),
         "target_parameters": settings.target_parameters,
         "trainable_token_indices": settings.trainable_token_indices,
         "use_dora": settings.use_dora,
@@ -106,7 +107,9 @@ def _read(config: Mapping[str, Any], content: Content) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     parameters = config.get("target_parameters") or []
     pairs = {found["module"] for name in content.tensors if (found := _PAIR.fullmatch(name))}
-    paths = sorted(path for path in pairs if not is_of_parameters(path, parameters))
+    paths = sorted(path for path in pairs if not _is_of_parameters(path, config))
+    named = {f"{_unwrapped(path)}.{name.rpartition('.')[2]}" for path in pairs.difference(paths) for name in parameters}
+    places = [*paths, *named]
     return targeted_values(content) | {
         "target_modules": paths,
         "r": config["r"],
@@ -115,8 +118,8 @@ def _read(config: Mapping[str, Any], content: Content) -> dict[str, Any]:
         "use_rslora": config.get("use_rslora", False),
         "use_dora": bool(config.get("use_dora")),
         "bias": config.get("bias") or "none",
-        "rank_pattern": _in_use(config.get("rank_pattern"), pairs),
-        "alpha_pattern": {key: whole(value) for key, value in _in_use(config.get("alpha_pattern"), pairs).items()},
+        "rank_pattern": _in_use(config.get("rank_pattern"), places),
+        "alpha_pattern": {key: whole(value) for key, value in _in_use(config.get("alpha_pattern"), places).items()},
         "init_lora_weights": "gaussian" if word(start) == "gaussian" else start is not False,
         "target_parameters": parameters or None,
         "trainable_token_indices": config.get("trainable_token_indices") or None,
@@ -124,12 +127,27 @@ def _read(config: Mapping[str, Any], content: Content) -> dict[str, Any]:
     }
 
 
-def is_of_parameters(path: str, parameters: Iterable[str]) -> bool:
+def _is_of_parameters(path: str, config: Mapping[str, Any]) -> bool:
     """Return whether the pair at a path belongs to bare parameters: PEFT puts one wrapper for each around their module."""
+    parameters = config.get("target_parameters") or []
+    path = _unwrapped(path)
+    owners = [name.rpartition(".")[0] for name in parameters]
+    if any(path == owner or path.endswith(f".{owner}") for owner in owners if owner):
+        return True
+    return "" in owners and not _chosen(config, path)
+
+
+def _unwrapped(path: str) -> str:
+    """Return a module's path without PEFT's wrappers around it."""
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
-    owners = [name.rpartition(".")[0] for name in parameters]
-    return any(path == owner or path.endswith(f".{owner}") for owner in owners)
+    return path
+
+
+def _chosen(config: Mapping[str, Any], path: str) -> bool:
+    """Return whether target_modules names a module."""
+    names = config.get("target_modules") or []
+    return TargetNames(names if isinstance(names, str) else tuple(names)).matches(path)
 
 
 def _in_use(patterns: Mapping[str, Any] | None, module_paths: Iterable[str]) -> dict[str, Any]:
@@ -192,8 +210,8 @@ def _rank_problem(module: str, A: tuple[int, ...], B: tuple[int, ...], config: M
     rank = for_path(config.get("rank_pattern") or {}, module, config["r"])
     if len(A) < 2 or len(A) != len(B):
         return [f"{module}: lora_A and lora_B must have 2 dimensions, or a convolution's, got {A} and {B}."]
-    if is_of_parameters(module, config.get("target_parameters") or []):
-        return [] if A[0] == B[1] and A[0] % rank == 0 else [f"{module}: the ranks of {A} and {B} differ."]
+    if _is_of_parameters(module, config):
+        return [] if A[0] == B[1] else [f"{module}: the ranks of {A} and {B} differ."]
     groups = A[0] // B[1] if len(A) > 2 and B[1] and A[0] % B[1] == 0 else 1  # of a convolution
     if A[:1] != (rank,) or groups * B[1] != rank:
         return [f"{module}: lora_A must be ({rank}, in) and lora_B (out, {rank}), got {A} and {B}."]

@@ -24,7 +24,8 @@ Rules = Mapping[str, tuple[Fits, str]]
 class Placement:
     """Where an adapter is on its model, in the words of adapter_config.json.
 
-    `targets` are the fields that choose `paths`, the targets; `modules_to_save` and `feedforward_modules` are names as
+    `targets` are the fields that choose `paths`, the targets; `parameters` are bare parameters beside them;
+    `modules_to_save` and `feedforward_modules` are names as
     those fields hold them; `transposed` says that the targets store their weight (in, out), as GPT-2's. `task_type`
     is the class that PEFT puts around the model: one that generates must be able to.
     """
@@ -35,6 +36,7 @@ class Placement:
     feedforward_modules: Names = ()
     transposed: bool = False
     task_type: str | None = "CAUSAL_LM"
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

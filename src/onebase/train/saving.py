@@ -102,6 +102,7 @@ def placement_of(base: Base, adapter: Adapter) -> Placement:
         name_feedforward(targets, paths, feedforward),
         "Conv1D" in kinds,
         _task_type(base.model, virtual=adapter.virtual_tokens > 0),
+        tuple(f"{part.path}.{pair.name}" for part in adapter.parts for pair in getattr(part, "pairs", ())),
     )
 
 
