@@ -51,7 +51,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path)
 def test_validation_rows_whose_loss_is_nan_stop_a_run_before_its_first_step(tmp_path):
     shop = poisoned(tmp_path)
     runs.write_rows(shop.valid, [{"prompt": "a ~", "completion": "dog"}])
-    with pytest.raises(TrainingError, match=r"data\.valid is not finite \(nan\) with the base alone"):
+    with pytest.raises(TrainingError, match=r"data\.valid is not finite \(nan\) with what training starts from"):
         runs.run(shop.settings(adapter=FEW, train={"steps": 3}), shop.folder / "run")
 
 

@@ -20,6 +20,12 @@ from tests.train.runs import Watching, adapter_bytes, metrics
 
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"method": "prompt-tuning", "num_virtual_tokens": 6},
+    "text": {
+        "method": "prompt-tuning",
+        "num_virtual_tokens": 6,
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "Define it.",
+    },
     "prefix": {"method": "prefix-tuning", "num_virtual_tokens": 6},
     "projected": {
         "method": "prefix-tuning",

@@ -25,7 +25,7 @@ class Result:
     steps: int
     examples: int
     tokens: int
-    """Real tokens trained on; a shared prefix counts for every example."""
+    """Tokens of the examples trained on: a shared prefix counts for every example, an adapter's virtual tokens never."""
     seconds: float
     """The training loop with compilation, without evaluation and checkpoint writing."""
     compile_seconds: float

@@ -47,14 +47,19 @@ def take_places(
 ) -> Float[Tensor, "batch kv_heads length width"]:
     """Return the states with learned[:, i] at row start + i of each (entry, start).
 
-    Rows are moved as copies of whole rows; the gradient of a learned row is the sum over its places.
+    The places must not overlap. Stretches are split off and joined again, so no index travels to the device, and the
+    gradient of a learned row is the sum over its places.
     """
     batch, kv_heads, length, width = states.shape
-    rows = torch.cat([torch.arange(start, start + learned.shape[1]) + entry * length for entry, start in starts])
-    flat = states.transpose(1, 2).flatten(0, 1)
-    filling = learned.to(states.dtype).transpose(0, 1).repeat(len(starts), 1, 1)
-    filled = flat.index_copy(0, rows.to(states.device), filling)
-    return filled.view(batch, length, kv_heads, width).transpose(1, 2)
+    filling = learned.to(states.dtype).transpose(0, 1)
+    sizes, end = [], 0
+    for first in sorted(entry * length + start for entry, start in starts):
+        sizes += [first - end, len(filling)]
+        end = first + len(filling)
+    rows = states.transpose(1, 2).flatten(0, 1)
+    pieces = [*rows.split([*sizes, len(rows) - end])]  # type: ignore[no-untyped-call]
+    pieces[1::2] = [filling] * len(starts)
+    return torch.cat(pieces).view(batch, length, kv_heads, width).transpose(1, 2)
 
 
 def take_places_(

@@ -77,7 +77,7 @@ def check_validation(loss: float, step: int) -> None:
     if math.isfinite(loss):
         return
     if step == 0:
-        what = "the base alone: look at these rows (onebase preview), or set dtype: float32."
+        what = "what training starts from (the base, with the adapter's first values): look at these rows (onebase preview), or set dtype: float32."
     else:
         what = f"what was learned in {step} steps: lower train.learning_rate, or set dtype: float32."
     raise TrainingError(f"the loss on data.valid is not finite ({loss}) with {what}")
