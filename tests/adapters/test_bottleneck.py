@@ -106,6 +106,8 @@ def test_weights_follow_from_seed_and_path():
 def test_where_it_cannot_be_put_or_merged_is_said():
     with pytest.raises(TargetError, match=r"tiny-mixtral: no MLP in it ends in a linear layer.*target_modules"):
         Bank(tiny.base_of("mixtral")).add("one", Bottleneck())
+    adapter = Bank(tiny.base_of("mixtral")).add("one", Bottleneck(placement="houlsby"))
+    assert any("only attention is adapted" in warning for warning in adapter.warnings)
     with pytest.raises(TargetError, match=r"bottleneck goes on linear layers in this version, got embed_tokens"):
         Bank(tiny.base_of()).add("one", Bottleneck(target_modules=["embed_tokens"]))
     from onebase.adapters.merging import merged_state

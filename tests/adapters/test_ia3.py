@@ -105,3 +105,10 @@ def test_on_a_convolution_it_equals_peft_and_merges(dims, groups, feedforward):
     (wrapped,) = theirs.merge_and_unload()
     torch.testing.assert_close(merged.weight, wrapped.weight)
     torch.testing.assert_close(merged.bias, wrapped.bias)
+
+
+def test_what_its_own_choice_lacks_is_said():
+    adapter = Bank(tiny.base_of("mixtral")).add("one", Ia3())
+    assert any("only attention is adapted" in warning for warning in adapter.warnings)
+    with pytest.raises(TargetError, match=r"tiny-plain: no keys and values.*adapter.target_modules"):
+        Bank(tiny.base_of("plain")).add("one", Ia3())

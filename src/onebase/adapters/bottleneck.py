@@ -81,7 +81,8 @@ def build(places: Places, settings: Bottleneck, seed: int) -> Built:
         )
     match = places.choose(settings, REACH, default=default)
     parts = tuple(_part(places.module(path), path, settings, seed) for path in match.paths)
-    return Built(parts, match.paths, match.warnings)
+    partly = settings.target_modules is None and not roles.mlp_outputs(places.candidates)
+    return Built(parts, match.paths, (*match.warnings, *((roles.NO_MLP,) * partly)))
 
 
 def _part(module: Any, path: str, settings: Bottleneck, seed: int) -> BottleneckPart:

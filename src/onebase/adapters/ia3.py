@@ -91,10 +91,16 @@ def build(places: Places, settings: Ia3, seed: int) -> Built:
     """
     outputs = roles.mlp_outputs(places.candidates)
     default = [*roles.keys_and_values(places.candidates), *outputs]
+    if not default and settings.target_modules is None:
+        raise TargetError(
+            f"{places.base.name}: no keys and values of an attention and no MLP are found in it. Name the layers to scale: "
+            "adapter.target_modules."
+        )
     match = places.choose(settings, REACH, default=default)
     feedforward = _feedforward(places, settings, match.paths)
     parts = tuple(_part(places.module(path), path, path in feedforward, settings, seed) for path in match.paths)
-    return Built(parts, match.paths, match.warnings)
+    partly = settings.target_modules is None and not outputs
+    return Built(parts, match.paths, (*match.warnings, *((roles.NO_MLP,) * partly)))
 
 
 def _feedforward(places: Places, settings: Ia3, targets: tuple[str, ...]) -> set[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from onebase.adapters.matching import LINEAR_KINDS, Candidate
 
+NO_MLP = "no MLP of this base ends in a linear layer (experts are none), so that only attention is adapted"
 _KEY_OR_VALUE = re.compile(r"(^|_)(k|v|kv|qkv|wqkv|keys?|values?)(_|$)", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
