@@ -38,25 +38,25 @@ TOLERANCE: dict[str, dict[str, Any]] = {"gemma3": {"rtol": 1e-5, "atol": 2e-6}}
 EAGER: dict[str, dict[str, Any]] = {"qwen3-moe": {"experts_implementation": "eager"}}
 """What lets a model run in fp64: the fused experts of transformers do not know it."""
 ALL = tuple(name for names in FAMILIES.values() for name in names)
-LENGTHS = tuple(5 + 7 * number % 19 for number in range(24))
+LENGTHS = tuple(5 + 7 * number % 19 for number in range(40))
 """The lengths of the examples of a model of tokens; every model has as many entries."""
 
 VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "lora": (Lora, {"r": 4}),
-    "lora, rsLoRA": (Lora, {"r": 4, "use_rslora": True}),
-    "lora, DoRA": (Lora, {"r": 4, "use_dora": True}),
-    "lora, PiSSA": (Lora, {"r": 4, "init_lora_weights": "pissa"}),
-    "lora, OLoRA": (Lora, {"r": 4, "init_lora_weights": "olora"}),
-    "lora, orthogonal": (Lora, {"r": 4, "init_lora_weights": "orthogonal"}),
-    "lora, bias: all": (Lora, {"r": 4, "bias": "all"}),
+    "lora+rslora": (Lora, {"r": 4, "use_rslora": True}),
+    "lora+dora": (Lora, {"r": 4, "use_dora": True}),
+    "lora+pissa": (Lora, {"r": 4, "init_lora_weights": "pissa"}),
+    "lora+olora": (Lora, {"r": 4, "init_lora_weights": "olora"}),
+    "lora+orthogonal": (Lora, {"r": 4, "init_lora_weights": "orthogonal"}),
+    "lora+bias": (Lora, {"r": 4, "bias": "all"}),
     "ia3": (Ia3, {}),
     "bitfit": (BitFit, {}),
     "ln-tuning": (LnTuning, {}),
-    "bottleneck, pfeiffer": (Bottleneck, {"reduction_factor": 4}),
-    "bottleneck, houlsby": (Bottleneck, {"reduction_factor": 4, "placement": "houlsby"}),
+    "bottleneck-pfeiffer": (Bottleneck, {"reduction_factor": 4}),
+    "bottleneck-houlsby": (Bottleneck, {"reduction_factor": 4, "placement": "houlsby"}),
     "prompt-tuning": (PromptTuning, {"num_virtual_tokens": 3}),
     "prefix-tuning": (PrefixTuning, {"num_virtual_tokens": 3}),
-    "prefix-tuning, projected": (PrefixTuning, {"num_virtual_tokens": 3, "prefix_projection": True}),
+    "prefix-tuning+projection": (PrefixTuning, {"num_virtual_tokens": 3, "prefix_projection": True}),
     "full": (Full, {}),
 }
 """Every method in its kinds: the settings class and what of it is set."""

@@ -17,17 +17,18 @@ from onebase.adapters.bank import Bank
 from onebase.base import pretrained
 from onebase.base.fingerprint import fingerprint_of_state
 from onebase.base.model import Base, load
-from onebase.config.methods import Lora
+from onebase.config.methods import BitFit, Full, Lora
 from onebase.config.reading import settings_from
 from onebase.config.settings import DataPart, DataSettings
 from onebase.data.batches import FlatBatch, flatten
 from onebase.data.reading import read_rows
-from onebase.measure.forward import forward_loss
+from onebase.errors import TargetError
+from onebase.measure.forward import batches_of, forward_loss
 from onebase.ops.bits import VARIABLE, instruction_set
 from onebase.ops.segments import Segments
 from onebase.train.data import load_rows
 from onebase.train.stop import Stopped
-from tests import tiny
+from tests import families, tiny
 from tests.base.tiny import hush
 from tests.train import runs
 
@@ -145,6 +146,45 @@ def test_a_row_together_with_others_equals_the_row_alone_bit_for_bit(bank, examp
         assert torch.equal(together[number], logits(bank, alone)[0 : node.length])
         assert torch.equal(losses[number], losses_of(bank, alone))
         assert torch.equal(together[number], plain[number]) is (node.owner is None)
+
+
+def test_every_method_in_one_mixed_batch_equals_itself_alone(bank, base, examples):
+    """Two rows of each method, all methods in one forward and backward; and each alone, in the same bank."""
+    for seed, (label, (kind, settings)) in enumerate(families.variants().items()):
+        if kind is not Full:  # a copy of the whole model
+            try:
+                families.perturb_(bank.add(label, kind(**settings), seed=seed), seed, size=0.01)
+            except TargetError:
+                assert kind is BitFit or settings.get("bias") == "all"  # SmolLM2 has no biases
+    bank.add("full", Full(target_modules=["layers.3.mlp.down_proj", "layers.7.input_layernorm"]), seed=99)
+    families.perturb_(bank.adapters["full"], 99, size=0.01)
+    members: list[str | None] = [*bank.adapters, None]
+    together = by_method(bank, examples, members)
+    plain = by_method(bank, examples, [None])[None][0]
+    for member in members:
+        rows, gradients = together[member]
+        alone, own = by_method(bank, examples, [member])[member]
+        assert float((rows - alone).abs().max()) <= 1e-4, member
+        assert (member is None) is torch.equal(alone, plain), f"{member} changes nothing"
+        for key, gradient in own.items():
+            size = float(gradient.abs().max())
+            assert size > 0, f"no gradient reaches {key}"
+            off = float((gradients[key] - gradient).abs().max())
+            assert off <= 1e-3 * size, f"{member}: the gradient of {key} is off by {off:.1e} of {size:.1e}"
+
+
+def by_method(bank: Bank, examples, members) -> dict[Any, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Return, for each of the owners of one batch, the losses of its rows (two examples each) and its gradients."""
+    tiny.clear_gradients(bank)
+    pieces = [next(batches_of(bank, member, examples, [0, 1], 10**6)) for member in members]
+    loss, rows = forward_loss(bank, families.joined(pieces), 1e-2)
+    if loss.requires_grad:
+        loss.backward()
+    losses = rows.loss.detach().split([piece.label_count for piece in pieces])
+    return {
+        member: (own, {} if member is None else tiny.gradients(bank, member))
+        for member, own in zip(members, losses, strict=True)
+    }
 
 
 @torch.no_grad()
