@@ -10,6 +10,7 @@ from torch import nn
 from onebase.adapters.bank import Bank
 from onebase.adapters.copies import _own_part
 from onebase.adapters.places import Places
+from onebase.base.model import Base
 from onebase.base.route import RowSpace
 from onebase.config.methods import Full, Ia3, LnTuning, Lora
 from onebase.errors import ConfigError, TargetError
@@ -211,3 +212,54 @@ def test_a_batch_norms_means_belong_to_its_copy_and_are_kept_with_it():
     dict(part.constants())["norm.running_mean"].fill_(5)
     assert not norm.running_mean.any()
     assert torch.equal(part.twin.running_mean, torch.full((32,), 5.0))
+
+
+class Recurrent(nn.Module):
+    """A module of anyone's, with an LSTM in it."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=batch_first)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.lstm(x)[0])
+
+
+def test_a_recurrent_module_is_copied_with_all_its_weights_and_split_by_entry():
+    base = Base(Recurrent(True).double(), name="recurrent")
+    bank = Bank(base)
+    frozen = {name: p.clone() for name, p in base.model.named_parameters()}
+    adapter = filled(bank, "one", Full(target_modules=["lstm"]))
+    x = torch.randn(3, 5, 3, dtype=torch.float64)
+    with base.native(bank.batch_route([None, "one", None])) as model:
+        mixed = model(x)
+    own = Recurrent(True).double()
+    own.load_state_dict(frozen | adapter.state)
+    torch.testing.assert_close(mixed[1], own(x)[1])
+    own.load_state_dict(frozen)
+    torch.testing.assert_close(mixed[[0, 2]], own(x)[[0, 2]])
+    assert not torch.allclose(mixed[1], own(x)[1])
+    mixed.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for _, p in adapter.parameters())
+
+
+def test_entries_that_do_not_come_first_are_not_split():
+    bank = Bank(Base(Recurrent(False), name="recurrent"))
+    bank.add("one", Full(target_modules=["lstm"]))
+    route = bank.batch_route(["one", None])
+    with bank.base.native(route) as model, pytest.raises(ConfigError, match=r"lstm: a LSTM with batch_first=False"):
+        model(torch.randn(4, 2, 3))
+    with bank.base.native(bank.sole_route("one")) as model:
+        model(torch.randn(4, 2, 3))
+
+
+def test_an_adapter_on_one_of_two_modules_that_share_a_weight_says_what_becomes_of_the_other():
+    for settings in (Full(target_modules=["embed_tokens"]), Lora(r=2, target_modules=["embed_tokens", "q_proj"])):
+        adapter = Bank(tiny.base_of("llama-tied")).add("one", settings)
+        assert any(
+            "embed_tokens shares its weight with lm_head in the base, which keeps" in w for w in adapter.warnings
+        )
+    for settings in (Full(), Lora()):
+        adapter = Bank(tiny.base_of("llama-tied")).add("one", settings)
+        assert not any("shares its weight" in warning for warning in adapter.warnings)

@@ -62,6 +62,8 @@ def _beside_lora(
         copied = [part for part in parts if isinstance(part, copies.CopyPart)]
         pairs = [part for part in parts if not isinstance(part, copies.CopyPart)]
         parts = [*tying.with_tied_pairs(places, pairs, settings.use_dora), *copied]
+    else:
+        notes = [*notes, *places.untied_by(targets)]
     if settings.trainable_token_indices:
         rows, said = tokens.beside(places, settings, [part.path for part in parts])
         parts, notes = [*parts, *rows], [*notes, *said]

@@ -107,7 +107,7 @@ def build_full(places: Places, settings: Full, seed: int) -> Built:
     _check_room(places, [p for path in owners for p in places.module(path).parameters(recurse=False)])
     made: dict[int, nn.Parameter] = {}
     parts = tuple(_own_part(places, path, path, made) for path in owners)
-    warnings = (*match.warnings, *_of_the_root(places, settings))
+    warnings = (*match.warnings, *_of_the_root(places, settings), *places.untied_by(owners))
     return Built(parts, owners, warnings)
 
 

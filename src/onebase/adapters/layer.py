@@ -69,9 +69,9 @@ class AdaptedLayer(nn.Module):
         return cast(Tensor, self.base_layer.weight)
 
     @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias (some models read it)."""
-        return cast(Tensor | None, self.base_layer.bias)
+    def bias(self) -> Any:
+        """The frozen bias (some models read it); a recurrent module says by it whether it has some."""
+        return self.base_layer.bias
 
     @property
     def is_bare(self) -> bool:
@@ -167,6 +167,12 @@ class AdaptedLayer(nn.Module):
         """
         count = math.prod(shape)
         known = route.rows.get(self.space)
+        if getattr(self.base_layer, "batch_first", True) is False and len(set(route.batch_owners or ())) > 1:
+            raise ConfigError(
+                f"{self.path}: a {type(self.base_layer).__name__} with batch_first=False has its entries behind the first "
+                "dimension, so that they cannot be split between adapters: its members take turns. Give it batches of "
+                "one adapter each."
+            )
         if route.batch_owners is not None or known is None or known.row_count == count:
             return route.segments(self.space, count), 1, 1
         owners = {owner for _, _, owner in known}

@@ -130,6 +130,15 @@ class Places:
         paths = [c.path for c in self.owners if weight is not None and _owns(self.modules[c.path], weight)]
         return paths if len(paths) > 1 else []
 
+    def untied_by(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """Return the warning about modules that share one weight in the base, of which only some are targets."""
+        tied = self.tied_with_embedding
+        kept = [path for path in tied if path not in targets]
+        if not kept or len(kept) == len(tied):
+            return ()
+        own = " and ".join(path for path in tied if path in targets)
+        return (f"{own} shares its weight with {' and '.join(kept)} in the base, which keeps the base's",)
+
     def path_of(self, module: nn.Module | None) -> str | None:
         """Return where a frozen module is, None if it is nowhere."""
         return next((path for path, found in self.modules.items() if found is module and module is not None), None)
