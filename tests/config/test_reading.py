@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.config import Lora, Settings, read_settings, settings_from
+from onebase.config import Lora, PromptTuning, Settings, read_settings, settings_from
 from onebase.config.strict_yaml import write_yaml
 from onebase.errors import ConfigError
 from tests.config.trees import FILES, make_files, trees
@@ -230,3 +230,19 @@ def test_settings_from_says_where_the_values_came_from(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^1 problem in trial 3\n  adapter\.r: must be at least 1, got 0\.$"):
         settings_from({"model": "m", "data": {"train": "a.jsonl"}, "adapter": {"r": 0}}, where="trial 3", folder=folder)
     assert isinstance(settings_from({"model": "m", "data": {"train": "hub:a/b:train"}}), Settings)
+
+
+def test_an_override_may_choose_the_method_and_its_settings(folder):
+    path = write(folder, SMALL)
+    overrides = ["adapter.method=prompt-tuning", "adapter.num_virtual_tokens=3"]
+    settings = read_settings(path, overrides)
+    assert settings.adapter == PromptTuning(num_virtual_tokens=3)
+    assert settings.train.learning_rate == PromptTuning.default_learning_rate
+    rows = ["adapter.trainable_token_indices.model.embed_tokens=[1]", "adapter.alpha_pattern.q.0=3"]
+    chosen = read_settings(path, rows).adapter
+    assert chosen == Lora(trainable_token_indices={"model.embed_tokens": [1]}, alpha_pattern={"q.0": 3})
+
+
+def test_an_override_that_changes_the_method_says_which_settings_of_the_file_are_another_ones(folder):
+    path = write(folder, SMALL + "adapter: {r: 3}\n")
+    assert "adapter.r: unknown setting of ia3; it belongs to lora." in fault(path, "adapter.method=ia3")[1]
