@@ -131,7 +131,8 @@ def tried_one(bank: Bank, kind: type[Any], settings: Mapping[str, Any], column: 
 
 def check_place(bank: Bank, parts: Sequence[Part], column: Mapping[str, Any]) -> None:
     """See that an adapter has a part where the column's settings put one: no setting is silently left out."""
-    paths = [*column.get("target_modules", ()), *column.get("modules_to_save", ())]
+    modules = [name.rpartition(".")[0] for name in column.get("target_parameters", ())]
+    paths = [*(modules or column.get("target_modules", ())), *column.get("modules_to_save", ())]
     if "trainable_token_indices" in column:
         paths.append(bank.places.embedding_path)
     for path in paths:
