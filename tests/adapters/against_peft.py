@@ -62,7 +62,7 @@ def their_loss(model: Any, examples: Any) -> Any:
 
 
 def assert_equal_to_peft(
-    architecture: str, settings: Any, config: Any, *, merges: bool = True, **changes: Any
+    architecture: str, settings: Any, config: Any, *, merges: bool = True, saving: Any = None, **changes: Any
 ) -> tuple[Any, Any]:
     """Compare names, loss, gradients and merged weights with PEFT's; return the adapter and PEFT's model."""
     base = tiny.base_of(architecture, dtype=torch.float64, **changes)
@@ -70,7 +70,7 @@ def assert_equal_to_peft(
     filled(bank, "dummy", settings, size=0.7)
     adapter = filled(bank, "one", settings)
     model = tiny.model_of(architecture, dtype=torch.float64, **changes)
-    theirs = theirs_of(model, config, adapter)
+    theirs = theirs_of(model, config, adapter, **(saving or {}))
     examples = tiny.examples_of(9, 21, 4)
     batch = tiny.batch_of(examples, "one")
     loss, _ = forward_loss(bank, batch, 1 / batch.label_count)
@@ -80,7 +80,7 @@ def assert_equal_to_peft(
     torch.testing.assert_close(loss, expected, rtol=1e-8, atol=1e-10)
     without, _ = forward_loss(bank, tiny.batch_of(examples, None), 1 / batch.label_count)
     assert abs(without - loss) > 1e-4
-    own, others = tiny.gradients(bank, "one"), gradients_of(theirs)
+    own, others = tiny.gradients(bank, "one"), gradients_of(theirs, **(saving or {}))
     assert own.keys() == others.keys()
     largest = max(gradient.abs().max() for gradient in others.values())
     for name, gradient in others.items():

@@ -110,3 +110,10 @@ def test_dropout_is_on_the_update_alone():
 def test_in_a_model_and_beside_another_it_is_pefts(name):
     settings = SETTINGS | {"target_modules": ["q_proj", "fc1" if name == "opt" else "up_proj"]}
     assert_equal_to_peft(name, Lora(**settings), peft.LoraConfig(**settings))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_on_the_output_head_it_is_pefts(name):
+    settings = SETTINGS | {"target_modules": ["v_proj", "lm_head"]}
+    saving = {"save_embedding_layers": False}  # PEFT's file has the head's own weight too
+    assert_equal_to_peft(name, Lora(**settings), peft.LoraConfig(**settings), saving=saving)

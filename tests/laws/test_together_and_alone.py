@@ -72,6 +72,18 @@ def test_a_members_rows_losses_and_gradients_are_byte_identical_together_and_alo
         assert torch.equal(one, other), part
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["dora", "pissa"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_what_goes_beyond_the_pair_is_byte_identical_together_and_alone_too(name, settings):
+    together = tiny.bank_of(tiny.base_of(name), "one", "two", **settings)
+    alone = tiny.bank_of(tiny.base_of(name), "one", dummy=False, **settings)
+    alone.adapters["one"].load_state_(together.adapters["one"].state)
+    found = results(together, batch_with("two", "one"), "one")
+    expected = results(alone, batch_with("one"), "one")
+    for part, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(one, other), part
+
+
 @pytest.mark.parametrize("name", sorted(tiny.PADDED))
 def test_padded_members_are_equal_together_and_alone_to_rounding(name):
     together = tiny.bank_of(tiny.base_of(name, dtype=torch.float64), "one", "two", lora_dropout=0.2)
