@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 SHORT = {
     "against_peft": ["--steps=3", "--batch-size=2", "--logit-steps=2", "--logit-rows=3"],
     "compare_methods": ["--methods", "lora", "ia3", "bitfit", "--seeds", "0", "1", "--steps=2"],
+    "dora_step": ["--steps=2", "--batch-size=2"],
     "kill_and_resume": ["--steps=9", "--batch-size=2"],
     "learning_rate": ["--rates", "1e-3", "3e-3", "--steps=2"],
     "profile_step": ["--warmup=1", "--steps=1", "--profiled=1", "--repeats=1"],
