@@ -89,3 +89,19 @@ def test_two_checkpointed_forwards_before_their_backwards_each_keep_their_route(
         found, wanted = tiny.gradients(bank, adapter), tiny.gradients(expected, adapter)
         for key, gradient in wanted.items():
             torch.testing.assert_close(found[key], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_a_neighbour_in_the_bank_that_owns_no_row_changes_no_bit_of_a_gradient(name):
+    """Members that take turns: every other method waits in the bank while one learns."""
+    labels = list(members(name))
+    results = []
+    for others in ([], labels):
+        bank = Bank(tiny.base_of(name))
+        for label in ["plain", *others]:
+            if label not in (name.replace("-", " ") for name in bank.adapters):
+                bank.add(label.replace(" ", "-"), members(name)[label], seed=3)
+        results.append(run(bank, ["plain"] * 3, [0, 1, 2]))
+    (losses, gradients), (beside, gradients_beside) = results
+    assert all(torch.equal(loss, beside[i]) for i, loss in losses.items())
+    assert all(torch.equal(g, gradients_beside["plain"][key]) for key, g in gradients["plain"].items())

@@ -108,11 +108,9 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **named: Any) -> Any:
         """Return the module's output, each row changed by the parts of its owner."""
         route = self._slot.route
-        if route is None or self.is_bare:
+        if route is None or not self._concerns(route):
             return self.base_layer(*args, **named)
         route = self._narrowed(route)
-        if route.batch_owners == (NO_OWNER,):
-            return self.base_layer(*args, **named)
         keyword = None if args else next(iter(named))
         x = args[0] if keyword is None else named.pop(keyword)
         x = self._of_every_entry(x, route)
@@ -126,6 +124,17 @@ class AdaptedLayer(nn.Module):
         if self.rows is Rows.FIRST:
             return y
         return y.view(*shape, y.shape[-1])
+
+    def _concerns(self, route: Route) -> bool:
+        """Return whether a row may belong to an adapter with parts here.
+
+        If none does, the frozen module is called as if it were not wrapped: a mere view in between would change in
+        which order its input's gradients are added up, and so the last bit of a neighbour in the bank.
+        """
+        if self.is_bare or route.batch_owners is not None:
+            return any(owner in self._parts for owner in route.batch_owners or ())
+        known = route.rows.get(self.space)
+        return known is None or any(owner in self._parts for _, _, owner in known)
 
     def _narrowed(self, route: Route) -> Route:
         """Return the route of a batch as this layer sees it: one owner for all, where it has parts of no other."""
