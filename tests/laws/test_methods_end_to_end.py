@@ -65,7 +65,9 @@ def test_what_a_run_says_of_itself_names_the_method(finished: Path, shop: Worksh
     assert f"({kind.title})" in (finished / "adapter" / "README.md").read_text(encoding="utf-8")
     stored = runs.result_of(finished)
     assert stored.adapter_bytes > 4 * stored.trainable_parameters or finished.name == "projected"
-    assert adapter["method"] in invoke("runs", finished.parent).stdout
+    [told] = json.loads(invoke("runs", finished, "--json").stdout)["runs"]
+    assert told["method"] == adapter["method"]
+    assert invoke("runs", finished).stdout.split()[-1] == adapter["method"]
 
 
 def test_the_method_learns_at_its_own_rate_and_saves_what_it_learned(finished: Path, shop: Workshop) -> None:

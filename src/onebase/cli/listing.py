@@ -139,7 +139,7 @@ def runs(
     if not found:
         terminal.say(f"{folder}: no runs there. Start one: onebase train CONFIG --out {folder}/NAME")
         return
-    head = ("run", "state", "steps", "valid loss", "before", "train loss", "examples/s", "memory")
+    head = ("run", "state", "steps", "valid loss", "before", "train loss", "examples/s", "memory", "method")
     terminal.stdout().print(terminal.table(head, map(_run_row, found), left=2, fold=("run", "state")))
     for run in found:
         if run.note:
@@ -160,6 +160,7 @@ def _run_row(run: "RunSummary") -> Sequence[str]:
             _loss(last.get("loss")),
             "-",
             "-",
+            run.method or "-",
         )
     return (
         run.name,
@@ -170,6 +171,7 @@ def _run_row(run: "RunSummary") -> Sequence[str]:
         terminal.loss(result.train_loss),
         f"{result.examples_per_s:.2f}",
         terminal.size(result.peak_device_bytes or result.peak_rss_bytes),
+        run.method or "-",
     )
 
 
@@ -182,6 +184,7 @@ def _run_facts(run: "RunSummary") -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
+        "method": run.method,
         "state": run.state,
         "step": run.step,
         "checkpoint_step": run.checkpoint_step,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
 from filelock import FileLock, Timeout
 
 from onebase.errors import ConfigError, FileFormatError
@@ -196,6 +197,7 @@ class RunSummary:
     last_metrics: Mapping[str, Any]
     result: Result | None
     note: str = ""
+    method: str | None = None
 
     @property
     def state_text(self) -> str:
@@ -246,7 +248,17 @@ def summarise(path: Path) -> RunSummary:
         last_metrics=records[-1] if records else {},
         result=result,
         note="\n".join(notes),
+        method=_method_of(path / CONFIG_NAME),
     )
+
+
+def _method_of(path: Path) -> str | None:
+    """Return the adapter's method as a run's settings say it, None where they cannot be read."""
+    try:
+        method = yaml.safe_load(path.read_text(encoding="utf-8"))["adapter"]["method"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+    return method if isinstance(method, str) else None
 
 
 def _told(error: Exception, path: Path) -> str:
