@@ -123,7 +123,7 @@ def _size(count: float) -> str:
 def plot(summary: Mapping[str, Any]) -> str:
     """Return three panels as SVG: loss over trained numbers (logarithmic), and for each method its time and file."""
     lines = summary["by_method"]
-    chart = Chart(900, 420 + 22 * len(lines), "Every method at its default on define-train")
+    chart = Chart(900, 450 + 22 * len(lines), "Every method at its default on define-train")
     losses = [line["valid_loss"] for line in lines]
     x = Axis.of([line["trainable_parameters"] for line in lines], 90, 640, log=True)
     y = Axis.of([loss[end] for loss in losses for end in ("lowest", "highest")], 340, 60)
@@ -132,7 +132,7 @@ def plot(summary: Mapping[str, Any]) -> str:
         at = x(line["trainable_parameters"])
         chart.whisker(at, y(loss["lowest"]), y(loss["highest"]))
         chart.dot(at, y(loss["median"]), line["method"])
-    top = 410
+    top = 440
     time = Axis.of([0, *(line["seconds"]["highest"] for line in lines)], 200, 500)
     size = Axis.of([line["file_bytes"] for line in lines], 580, 840, log=True)
     chart.text(350, top - 8, "seconds of training")
