@@ -190,7 +190,7 @@ class PrefixTuning(Method):
         default=False, description="Make them by a small network from trained embeddings (arXiv:2101.00190 sec. 4.3)."
     )
     encoder_hidden_size: int | None = Field(
-        default=None, ge=1, description="With prefix_projection: the network's width. Default: the base's."
+        default=None, ge=1, description="With prefix_projection: the network's width. Default: that of the base's keys."
     )
 
     @classmethod

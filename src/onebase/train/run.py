@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from onebase.files.run_folder import RunFolder, run_bytes
 from onebase.measure.evaluate import EVALUATION_TOKENS
 from onebase.ops import bits
 from onebase.train.capacity import fit_budget
-from onebase.train.data import load_data
+from onebase.train.data import TrainingData, load_data
 from onebase.train.loop import Loop, restore_best_
 from onebase.train.member import Member
 from onebase.train.opening import ADAPTER, check_base, with_present_paths
@@ -75,24 +75,7 @@ def train_run(
                 return done
         use_threads(settings.train.threads)
         checkpoint = folder.load_checkpoint() if resume else None
-        base = load(
-            settings.model,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=settings.device,
-            trust_remote_code=settings.trust_remote_code,
-        )
-        bank = Bank(base)
-        adapter = add_adapter(bank, settings)
-        data = load_data(settings.data, settings.task, base, adapter.virtual_tokens)
-        progress.loaded(data)
-        job = Job(bank, adapter, data.train.examples, data.valid.examples if data.valid else None, settings.train)
-        job = replace(
-            job,
-            shuffle=settings.data.shuffle,
-            evaluation_tokens=settings.eval.batch_tokens,
-            settings_sha256=hashlib.sha256(dump_settings(settings).encode()).hexdigest(),
-        )
+        job, data = _prepare(settings, progress)
         member = start(job, folder, checkpoint, progress)
         folder.rewind(member.books.step if checkpoint else None)
         folder.write_config(dump_settings(settings))
@@ -111,6 +94,32 @@ def train_run(
         folder.finish(result, keep=settings.train.keep_checkpoints)
         progress.saved(folder.adapter_path)
     return result
+
+
+def _prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]:
+    """Return what the settings describe: the adapter on its base, and the rows as examples."""
+    base = load(
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    bank = Bank(base)
+    adapter = add_adapter(bank, settings)
+    data = load_data(settings.data, settings.task, base, adapter.virtual_tokens)
+    progress.loaded(data)
+    job = Job(
+        bank,
+        adapter,
+        data.train.examples,
+        data.valid.examples if data.valid else None,
+        settings.train,
+        shuffle=settings.data.shuffle,
+        evaluation_tokens=settings.eval.batch_tokens,
+        settings_sha256=hashlib.sha256(dump_settings(settings).encode()).hexdigest(),
+    )
+    return job, data
 
 
 @dataclass(frozen=True)
