@@ -104,16 +104,16 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(tmp_path):
     terminal.type("What is a dog?\n")
     terminal.wait_for("What is a dog?\r\n")  # the terminal's own echo; the answer of a random model goes on and on
     terminal.wait_for_more(20)
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
     terminal.type("/reset\n")
     terminal.wait_for("(forgotten)")
     terminal.wait_for("> ")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     terminal.wait_for("Ctrl-C again")
     terminal.wait_for("> ")
-    terminal.type("\x03")
+    terminal.press_ctrl_c()
     assert terminal.process.wait(timeout=30) == 130
 
 

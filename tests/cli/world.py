@@ -62,6 +62,11 @@ class Terminal:
     def type(self, text):
         os.write(self.own, text.encode())
 
+    def press_ctrl_c(self):
+        """Press Ctrl-C, not faster than people: Python's input() misses one between its prompt and its waiting."""
+        time.sleep(0.5)
+        self.type("\x03")
+
     def wait_for(self, text):
         """Read on until `text` has come."""
         self._read_until(lambda: text in self.seen, f"no {text!r}")

@@ -82,7 +82,9 @@ def test_a_field_of_the_wrong_kind_is_told_with_the_rule_and_the_value(tmp_path:
         read_adapter(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, form in FORMATS.items() for name in sorted(form.needed)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, form in FORMATS.items() for name in sorted(form.needed)]
+)
 def test_a_field_that_is_needed_and_missing_is_told(tmp_path: Path, kind: str, name: str) -> None:
     edit(written(tmp_path / "a", kind), **{name: ...})
     with pytest.raises(FileFormatError, match=rf"  {name}: is missing; it must be"):
