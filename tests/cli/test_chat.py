@@ -104,7 +104,7 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(tmp_path):
     terminal.type("What is a dog?\n")
     terminal.wait_for("What is a dog?\r\n")  # the terminal's own echo; the answer of a random model goes on and on
     terminal.wait_for_more(20)
-    terminal.press_ctrl_c()
+    terminal.type("\x03")
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
     terminal.type("/reset\n")
