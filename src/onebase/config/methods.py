@@ -123,7 +123,7 @@ class LnTuning(Targeted):
     """LayerNorm tuning: the norms' weights and biases are trained (arXiv:2312.11420). Default targets: every norm."""
 
     title: ClassVar[str] = "LayerNorm tuning"
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 3e-3
 
     method: Literal["ln-tuning"] = Field(default="ln-tuning", description="The adapter method.")
 
@@ -182,7 +182,7 @@ class PrefixTuning(Method):
     """Prefix tuning: trained keys and values before every sequence, in every layer (arXiv:2101.00190)."""
 
     title: ClassVar[str] = "prefix tuning"
-    default_learning_rate: ClassVar[float] = 1e-2
+    default_learning_rate: ClassVar[float] = 1e-1
 
     method: Literal["prefix-tuning"] = Field(default="prefix-tuning", description="The adapter method.")
     num_virtual_tokens: int = Field(default=20, ge=1, description="How many keys and values each layer gets.")
