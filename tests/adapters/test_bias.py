@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from onebase.adapters import build
 from onebase.adapters.bank import Bank
 from onebase.adapters.bias import BiasPart
+from onebase.adapters.merging import merged_state
 from onebase.adapters.part import RowCall
 from onebase.config.methods import BitFit, Lora
 from onebase.errors import TargetError
@@ -90,3 +92,32 @@ def test_what_has_channels_gets_its_bias_along_them(module):
     part.merge_(changed)
     torch.testing.assert_close(part.on_output(module(x), RowCall(module, x)), changed(x))
     assert not torch.allclose(module(x), changed(x))
+
+
+@pytest.mark.parametrize("saved", ["ln_f", "mlp"])
+def test_biases_of_a_module_that_is_trained_whole_are_its_copys_alone(saved):
+    bank = Bank(tiny.base_of("gpt2"))
+    settings = Lora(r=2, target_modules=["c_attn"], bias="all", modules_to_save=[saved])
+    adapter = tiny.fill_(bank.add("a", settings))
+    names = [name for part in adapter.parts for name, _ in part.parameters()]
+    assert len(names) == len(set(names))
+    assert sum(tensor.numel() for tensor in adapter.state.values()) == adapter.parameter_count
+    again = Bank(tiny.base_of("gpt2"))
+    again.add("a", settings, tensors=adapter.state)
+    ids = torch.arange(12)[None]
+    outputs = []
+    for one in (bank, again):
+        with one.base.native(one.sole_route("a")) as model:
+            outputs.append(model(input_ids=ids).logits)
+    assert torch.equal(*outputs)
+    plain = tiny.model_of("gpt2")
+    plain.load_state_dict(merged_state(bank, "a"))
+    assert torch.allclose(plain(input_ids=ids).logits, outputs[0], atol=1e-4)
+
+
+def test_a_tensor_that_two_settings_would_train_is_an_error_that_names_it():
+    part = BiasPart("a", "a.bias", nn.Parameter(torch.zeros(2)), torch.zeros(2))
+    twin = BiasPart("a", "a.bias", nn.Parameter(torch.zeros(2)), torch.zeros(2))
+    build._check_names([part, part])
+    with pytest.raises(TargetError, match=r"a\.bias would be trained twice"):
+        build._check_names([part, twin])

@@ -11,9 +11,11 @@ import transformers
 from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.prompt import NAME
-from onebase.config.methods import Ia3, PrefixTuning, PromptTuning
-from onebase.errors import TargetError
+from onebase.base.flat import NotFlatError
+from onebase.config.methods import Ia3, Lora, PrefixTuning, PromptTuning
+from onebase.errors import ConfigError, TargetError
 from onebase.measure.forward import batches_of, forward_loss
+from onebase.measure.generate import generate
 from onebase.ops.segments import Segments
 from tests import tiny
 
@@ -312,3 +314,34 @@ def test_an_encoders_hidden_states_equal_pefts(name):
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
         found = bank.base.hidden(batch.token_ids, bank.route(batch.layout))
     torch.testing.assert_close(found[COUNT:], expected, **FP64)
+
+
+def test_answers_do_not_depend_on_the_cache_that_the_model_would_like():
+    bank = bank_of("llama")
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    before = generate(bank, "one", prompts, max_new_tokens=6)
+    bank.base.model.generation_config.cache_implementation = "static"
+    assert generate(bank, "one", prompts, max_new_tokens=6) == before
+    assert generate(bank, None, prompts, max_new_tokens=6) != before
+
+
+def test_a_cache_of_fixed_length_is_refused_where_learned_keys_would_be_lost_in_it():
+    bank = bank_of("llama")
+    ids = torch.tensor([[*bank.virtual_ids("one"), 5, 6, 7]])
+    cache = transformers.StaticCache(config=bank.base.model.config, max_cache_len=32)
+    with (
+        bank.base.native(bank.sole_route("one", virtual_starts=(0,))) as model,
+        pytest.raises(NotFlatError, match="cache"),
+        torch.no_grad(),
+    ):
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+def test_learned_keys_beside_a_copied_block_are_refused_and_never_dropped():
+    bank = Bank(tiny.base_of("llama"))
+    bank.add("one", PrefixTuning(num_virtual_tokens=3))
+    bank.add("block", Lora(r=2, target_modules=["up_proj"], modules_to_save=["self_attn"]))
+    ids = torch.tensor([[*bank.virtual_ids("one"), 5, 6, 7], [4, 4, 4, 5, 6, 7]])
+    route = bank.batch_route(["one", "block"], virtual_starts=(0, 0))
+    with bank.base.native(route) as model, pytest.raises(ConfigError, match="one adapter at a time"):
+        model(input_ids=ids)

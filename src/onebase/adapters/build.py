@@ -20,6 +20,7 @@ from onebase.config.methods import (
     PrefixTuning,
     PromptTuning,
 )
+from onebase.errors import TargetError
 
 BUILDERS: dict[type[Any], Callable[[Places, Any, int], Built]] = {
     Lora: lora.build,
@@ -49,7 +50,20 @@ def build(places: Places, settings: AdapterSettings, seed: int) -> Built:
         parts, notes = [*parts, *copied], [*notes, *said]
     if isinstance(settings, Lora):
         parts, notes = _beside_lora(places, settings, built.target_paths, parts, notes)
+    _check_names(parts)
     return replace(built, parts=places.in_model_order(parts), warnings=tuple(notes))
+
+
+def _check_names(parts: Sequence[Part]) -> None:
+    """Raise if two settings train two tensors of one name: a file could hold only one of them."""
+    owners: dict[str, int] = {}
+    named = [(name, id(tensor)) for part in parts for name, tensor in part.parameters()]
+    twice = sorted({name for name, tensor in named if owners.setdefault(name, tensor) != tensor})
+    if twice:
+        raise TargetError(
+            f"adapter: {', '.join(twice[:3])} would be trained twice, by two of the settings. Name the module in one of "
+            "them only: target_modules, modules_to_save, target_parameters, trainable_token_indices or bias."
+        )
 
 
 def _beside_lora(
@@ -68,5 +82,9 @@ def _beside_lora(
         rows, said = tokens.beside(places, settings, [part.path for part in parts])
         parts, notes = [*parts, *rows], [*notes, *said]
     if settings.bias != "none":
-        parts = [*parts, *bias.beside_lora(places, settings.bias, targets)]
+        whole = [
+            part.path for part in parts if isinstance(part, copies.CopyPart)
+        ]  # biases in there are trained with it
+        biases = bias.beside_lora(places, settings.bias, targets)
+        parts += [part for part in biases if not any(f"{part.path}.".startswith(f"{path}.") for path in whole)]
     return parts, notes

@@ -91,6 +91,11 @@ def memory_attention_of(slot: Slot) -> AttentionFunction:
         **arguments: Any,
     ) -> tuple[Tensor, None]:
         rule = _rule_of(module, arguments)
+        if query.shape[2] > 1 and key.shape[2] != query.shape[2] and slot.route is not None and slot.route.memories:
+            raise NotFlatError(
+                f"{query.shape[2]} tokens meet a cache of {key.shape[2]} keys: the learned keys of prefix tuning need a "
+                "cache that grows (cache_implementation: dynamic)"
+            )
         if key.shape[2] == query.shape[2]:
             key, value = _with_memories(module, key, value, slot, in_place=not torch.is_grad_enabled())
         return masked_attention(query, key, value, attention_mask, rule), None

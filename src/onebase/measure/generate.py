@@ -155,6 +155,7 @@ def _generate_batch(
         num_beams=1,
         repetition_penalty=1.0,
         use_cache=True,
+        cache_implementation="dynamic",  # not the model's own wish: one of fixed length hides where a prompt ends
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
         bos_token_id=own.bos_token_id,
