@@ -149,6 +149,11 @@ class Bank:
         if built.refusals and tensors is None:
             raise TargetError(list_problems("adapter", built.refusals))
         adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)
+        if adapter.drops_out and tensors is None and self.base.layout_kind == "native":
+            raise ConfigError(
+                f"adapter.lora_dropout: {self.base.name} runs as it is ({self.base.why_native}), where no dropout is "
+                "computed. Set it to 0."
+            )
         if tensors is not None:
             adapter.load_state_(tensors)
         number = self._free_number()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from onebase.adapters import bias, bottleneck, copies, ia3, lora, prefix, prompt, tokens, tying
+from onebase.adapters.matching import lies_in
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
 from onebase.config.methods import (
@@ -46,7 +47,7 @@ def build(places: Places, settings: AdapterSettings, seed: int) -> Built:
     parts, notes = list(built.parts), list(built.warnings)
     if saved := getattr(settings, "modules_to_save", None):
         tie = isinstance(settings, Lora) and settings.ensure_weight_tying
-        copied, said = copies.beside(places, saved, built.target_paths, tie=tie)
+        copied, said = copies.beside(places, saved, [part.path for part in built.parts], tie=tie)
         parts, notes = [*parts, *copied], [*notes, *said]
     if isinstance(settings, Lora):
         parts, notes = _beside_lora(places, settings, built.target_paths, parts, notes)
@@ -82,9 +83,7 @@ def _beside_lora(
         rows, said = tokens.beside(places, settings, [part.path for part in parts])
         parts, notes = [*parts, *rows], [*notes, *said]
     if settings.bias != "none":
-        whole = [
-            part.path for part in parts if isinstance(part, copies.CopyPart)
-        ]  # biases in there are trained with it
+        whole = [part.path for part in parts if isinstance(part, copies.CopyPart)]
         biases = bias.beside_lora(places, settings.bias, targets)
-        parts += [part for part in biases if not any(f"{part.path}.".startswith(f"{path}.") for path in whole)]
+        parts += [part for part in biases if not any(lies_in(part.path, path) for path in whole)]  # the copy has those
     return parts, notes

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from onebase.adapters.matching import LINEAR_KINDS, Candidate, Reach
+from onebase.adapters.matching import LINEAR_KINDS, Candidate, Reach, lies_in
 from onebase.adapters.part import Built, Part, RowCall
 from onebase.adapters.places import NORM, Places, bare_copy
 from onebase.base import memory
@@ -103,7 +103,7 @@ def build_full(places: Places, settings: Full, seed: int) -> Built:
     else:
         everything = [c.path for c in places.owners]
         match = places.choose(settings, _MODULES, default=everything, candidates=_modules(places))
-        owners = tuple(path for path in everything if any(_lies_in(path, target) for target in match.paths))
+        owners = tuple(path for path in everything if any(lies_in(path, target) for target in match.paths))
     _check_room(places, [p for path in owners for p in places.module(path).parameters(recurse=False)])
     made: dict[int, nn.Parameter] = {}
     parts = tuple(_own_part(places, path, path, made) for path in owners)
@@ -149,13 +149,13 @@ def beside(
         "(adapter.exclude_modules), or remove it here."
         for path in found
         for target in targets
-        if _lies_in(target, path)
+        if lies_in(target, path)
     ]
     problems += [
         f"adapter.modules_to_save: {inner!r} lies in {outer!r}, which is trained whole already. Remove one."
         for outer in found
         for inner in found
-        if inner != outer and _lies_in(inner, outer)
+        if inner != outer and lies_in(inner, outer)
     ]
     if problems:
         raise TargetError(list_problems("adapter", problems, shown=10))
@@ -178,10 +178,6 @@ def _modules(places: Places) -> list[Candidate]:
         for path, m in places.modules.items()
         if path and any(True for _ in m.parameters())
     ]
-
-
-def _lies_in(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(parent + ".")
 
 
 def _of_the_root(places: Places, settings: Full) -> tuple[str, ...]:

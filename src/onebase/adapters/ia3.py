@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters import roles
+from onebase.adapters.dense import is_transposed
 from onebase.adapters.matching import LINEAR_KINDS, Reach
 from onebase.adapters.part import Built, Part, RowCall
 from onebase.adapters.places import Places
@@ -48,7 +49,7 @@ class Ia3Output:
     def merge_(self, module: Any) -> None:
         """Scale the module's outputs: its weight by row and its bias."""
         scale = self.ia3_l.flatten().to(module.weight.device)
-        axis = 1 if _is_transposed(module) else 0
+        axis = 1 if is_transposed(module) else 0
         module.weight.copy_(module.weight * _along(scale, axis, module.weight.dim()))
         if module.bias is not None:
             module.bias.copy_(module.bias * scale)
@@ -76,7 +77,7 @@ class Ia3Input:
         scale, weight = self.ia3_l.flatten().to(module.weight.device), module.weight
         groups = getattr(module, "groups", 1)
         if groups == 1:
-            weight.copy_(weight * _along(scale, 0 if _is_transposed(module) else 1, weight.dim()))
+            weight.copy_(weight * _along(scale, 0 if is_transposed(module) else 1, weight.dim()))
             return
         each = weight.unflatten(0, (groups, -1))  # (groups, out of a group, in of a group, ...)
         columns = scale.view(groups, 1, -1, *([1] * (weight.dim() - 2)))
@@ -148,11 +149,6 @@ def _features(module: Any) -> tuple[int, int]:
 def _scaled(rows: Tensor, ia3_l: Tensor) -> Tensor:
     """Return l * rows in the rows' dtype; a convolution's l lies along its channels."""
     return (rows * (ia3_l if ia3_l.dim() > 2 else ia3_l.flatten())).to(rows.dtype)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Return whether the weight is (in, out), as in GPT-2's Conv1D."""
-    return hasattr(module, "nf")
 
 
 def _along(scale: Tensor, axis: int, dims: int) -> Tensor:

@@ -131,6 +131,13 @@ def _parameters(places: Places, settings: Lora, targets: Sequence[str]) -> dict[
     """
     if not settings.target_parameters:
         return {}
+    given = settings.model_fields_set
+    choosing = ["layers_to_transform", *(["exclude_modules"] if settings.target_modules == [] else [])]
+    if ignored := [name for name in choosing if name in given and getattr(settings, name) is not None]:
+        raise TargetError(
+            f"adapter.target_parameters: {', '.join(ignored)} chooses modules and would not hold for bare parameters. Name "
+            "the parameters of those blocks by their whole paths, and remove it."
+        )
     cannot = {
         "lora_dropout": settings.lora_dropout > 0,
         "use_dora": settings.use_dora,

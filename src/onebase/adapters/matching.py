@@ -75,6 +75,11 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith("." + pattern)
 
 
+def lies_in(path: str, parent: str) -> bool:
+    """Return whether a module is another one, or a part of it."""
+    return path == parent or path.startswith(parent + ".")
+
+
 def for_path(patterns: Mapping[str, _V], path: str, otherwise: _V) -> _V:
     """Return the value of the first pattern that means `path`, or `otherwise`."""
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), otherwise)

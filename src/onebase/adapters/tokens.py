@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from onebase.adapters.matching import LINEAR_KINDS, Reach
+from onebase.adapters.matching import LINEAR_KINDS, Reach, lies_in
 from onebase.adapters.part import Part, RowCall
 from onebase.adapters.places import Places, bare_copy
 from onebase.config.methods import Lora
@@ -105,7 +105,7 @@ def beside(places: Places, settings: Lora, taken: Sequence[str]) -> tuple[tuple[
             module that is trained in another way too.
     """
     asked = _asked(places, settings)
-    if both := [path for path in asked if path in taken]:
+    if both := [path for path in asked if any(lies_in(path, other) for other in taken)]:
         raise TargetError(
             f"adapter.trainable_token_indices: {both[0]} is in target_modules or modules_to_save too. Remove it from one."
         )

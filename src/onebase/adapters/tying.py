@@ -73,6 +73,11 @@ def with_tied_pairs(places: Places, parts: Sequence[Part], dora: bool) -> list[P
             f"adapter.ensure_weight_tying: {pairs[0].path} shares its weight with {tied[0]}, which is no target. Add "
             f"{tied[0]} to adapter.target_modules, or remove ensure_weight_tying."
         )
+    if embeddings := [path for path in tied if path != source.path and places.kind(path) == "embedding"]:
+        raise TargetError(
+            f"adapter.ensure_weight_tying: {source.path} shares its weight with other embeddings ({', '.join(embeddings)}), "
+            "and pairs are tied to output heads alone. Name these in adapter.target_modules, without ensure_weight_tying."
+        )
     if dora:
         raise TargetError(
             f"adapter.use_dora: {source.path} and {', '.join(p for p in tied if p != source.path)} would need magnitudes of "

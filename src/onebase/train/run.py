@@ -17,12 +17,13 @@ import torch
 
 import onebase
 from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.experts import ExpertsPart
 from onebase.adapters.lora import rank_and_alpha
 from onebase.adapters.pair import Pair, scaling_of
 from onebase.base import memory
 from onebase.base.device import use_threads
 from onebase.base.model import load
-from onebase.config.methods import Lora
+from onebase.config.methods import Bottleneck, Lora
 from onebase.config.reading import read_settings
 from onebase.config.settings import Settings, TrainSettings
 from onebase.config.writing import diff_settings, dump_settings
@@ -158,6 +159,13 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
                 f"adapter.init_from: {source} holds the keys and values that a projection made, not the projection. "
                 "Set adapter.prefix_projection: false to train them further."
             )
+        if isinstance(settings.adapter, Bottleneck) and isinstance(stored.settings, Bottleneck):
+            own, theirs = settings.adapter.non_linearity, stored.settings.non_linearity
+            if own != theirs:
+                raise ConfigError(
+                    f"adapter.init_from: the weights in {source} were trained with non_linearity {theirs}, these settings "
+                    f"have {own}. Set adapter.non_linearity: {theirs}"
+                )
         check_base(bank.base, stored, allow_base_mismatch=True)
         stored = with_present_paths(bank.base, stored)
         tensors = stored.tensors
@@ -170,13 +178,16 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
 def _check_same_scaling(adapter: Adapter, stored: Lora, source: Path) -> None:
     """Raise if the weights of a warm start were trained under another scaling: they would be another function here."""
     for part in adapter.parts:
-        if not isinstance(part, Pair):
-            continue
-        path, trained_under = part.path, scaling_of(*rank_and_alpha(stored, part.path), stored.use_rslora)
-        if part.scaling != trained_under:
+        pairs = {part.path: part.scaling} if isinstance(part, Pair) else {}
+        if isinstance(part, ExpertsPart):
+            pairs = {f"{part.path}.{pair.name}": pair.scaling for pair in part.pairs}
+        for path, scaling in pairs.items():
+            trained_under = scaling_of(*rank_and_alpha(stored, path), stored.use_rslora)
+            if scaling == trained_under:
+                continue
             raise ConfigError(
                 f"adapter.init_from: the weights in {source} were trained with scaling {trained_under:g} on {path}, these "
-                f"settings give {part.scaling:g}. Set adapter.lora_alpha and use_rslora as they were there "
+                f"settings give {scaling:g}. Set adapter.lora_alpha and use_rslora as they were there "
                 f"(lora_alpha: {stored.lora_alpha:g}, use_rslora: {str(stored.use_rslora).lower()})."
             )
 
