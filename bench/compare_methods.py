@@ -5,7 +5,8 @@
 `onebase train` in a fresh process for each method and seed, the methods in turns, same steps, batch 16, each method's own
 default learning rate. A method that the model cannot have (BitFit without biases) stands in the record with what it
 said. The record is written after each run, and a run that is in it already (same method, settings, rate, seed) is
-skipped: interrupt it and start it again. Prints the table as Markdown; --plot-only prints and draws from the record.
+skipped: interrupt it and start it again. What a step takes comes from step_time.json, where the methods step in turns: it
+is measured first if it is not there. Prints the table as Markdown; --plot-only prints and draws from the records.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,13 +24,14 @@ from typing import Any
 from chart import Axis, Chart
 from fresh_run import RefusedError, add_data_options, settings_of, train_in_fresh_process
 from methods import METHODS, default_rate
-from record import Record, file_facts
+from record import ROOT, Record, file_facts
 
-_KEPT = ("valid_loss_before", "valid_loss", "train_loss", "seconds", "trainable_parameters", "adapter_bytes")
+_KEPT = ("valid_loss_before", "valid_loss", "train_loss", "trainable_parameters", "adapter_bytes")
 
 
 def main() -> None:
     args = _parser().parse_args()
+    times = _step_times(args)
     same = {
         "steps": args.steps,
         "model": Path(args.model).name,
@@ -43,15 +46,24 @@ def main() -> None:
                 if any(_facts(name, seed).items() <= trial.items() for trial in trials):
                     continue
                 trials.append(_trial(args, name, seed))
-                record.write(summarise(trials))
+                record.write(summarise(trials, times))
                 found = trials[-1].get("valid_loss", trials[-1].get("refused"))
                 print(f"{name} seed {seed}: {found}", file=sys.stderr, flush=True)
     if not trials:
         raise SystemExit("nothing was measured yet")
-    summary = summarise(trials)
+    summary = summarise(trials, times)
     if summary["by_method"]:
         args.out.with_suffix(".svg").write_text(plot(summary), encoding="utf-8")
     print(table(summary))
+
+
+def _step_times(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a step of each method takes, measured now if there is no record of it."""
+    if not args.times.exists():
+        words = [f"--model={args.model}", f"--train={args.train}", f"--out={args.times}", "--methods", *args.methods]
+        subprocess.run([sys.executable, str(ROOT / "bench" / "step_time.py"), *words], check=True)
+    found: dict[str, Any] = json.loads(args.times.read_text(encoding="utf-8"))["by_method"]
+    return found
 
 
 def _facts(name: str, seed: int) -> dict[str, Any]:
@@ -76,13 +88,14 @@ def _trial(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         }
 
 
-def summarise(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the trials by method with medians and spreads, best loss first, what was refused, and every trial."""
+def summarise(trials: Sequence[Mapping[str, Any]], times: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trials by method with medians, spreads and step times, best loss first; what was refused; every trial."""
     by_method = []
     for name in dict.fromkeys(trial["method"] for trial in trials if "refused" not in trial):
         own = [trial for trial in trials if trial["method"] == name and "refused" not in trial]
         line = {key: own[0][key] for key in ("method", "learning_rate", "trainable_parameters", "file_bytes")}
-        line |= {key: _spread([trial[key] for trial in own]) for key in ("valid_loss", "seconds", "peak_rss_bytes")}
+        line |= {key: _spread([trial[key] for trial in own]) for key in ("valid_loss", "peak_rss_bytes")}
+        line |= {key: times[name][key] for key in ("wall_seconds", "wall_ratio_to_lora")}
         line["learns"] = all(trial["valid_loss"] < trial["valid_loss_before"] for trial in own)
         line["valid_loss_before"] = own[0]["valid_loss_before"]
         by_method.append(line)
@@ -98,17 +111,18 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """Return the record's summary as a Markdown table."""
     lines = [
-        "| method | learning rate | trained | file | loss | lowest - highest | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | learning rate | trained | file | loss | lowest - highest | a step | of LoRA's | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in summary["by_method"]:
-        loss, seconds = line["valid_loss"], line["seconds"]
+        loss = line["valid_loss"]
         lines.append(
             f"| `{line['method']}`{'' if line['learns'] else ' (does not learn)'} | {line['learning_rate']:g} "
             f"| {line['trainable_parameters']:,} | {_size(line['file_bytes'])} | {loss['median']:.4f} "
-            f"| {loss['lowest']:.4f} - {loss['highest']:.4f} | {seconds['median']:.0f} ({seconds['lowest']:.0f} - {seconds['highest']:.0f}) |"
+            f"| {loss['lowest']:.4f} - {loss['highest']:.4f} | {line['wall_seconds']['median']:.2f} s "
+            f"| {line['wall_ratio_to_lora']['median']:.2f} | {_size(line['peak_rss_bytes']['median'])} |"
         )
-    lines += [f"| `{name}` | refused | | | | | |" for name in summary["refused"]]
+    lines += [f"| `{name}` | refused | | | | | | | |" for name in summary["refused"]]
     return "\n".join(lines)
 
 
@@ -133,15 +147,15 @@ def plot(summary: Mapping[str, Any]) -> str:
         chart.whisker(at, y(loss["lowest"]), y(loss["highest"]))
         chart.dot(at, y(loss["median"]), line["method"])
     top = 440
-    time = Axis.of([0, *(line["seconds"]["highest"] for line in lines)], 200, 500)
+    time = Axis.of([0, *(line["wall_seconds"]["highest"] for line in lines)], 200, 500)
     size = Axis.of([line["file_bytes"] for line in lines], 580, 840, log=True)
-    chart.text(350, top - 8, "seconds of training")
+    chart.text(350, top - 8, "seconds a step")
     chart.text(710, top - 8, "adapter file")
     for number, line in enumerate(lines):
         row = top + 14 + 22 * number
         chart.text(190, row + 4, line["method"], anchor="end")
-        chart.bar(time(0), time(line["seconds"]["median"]), row, f"{line['seconds']['median']:.0f}")
-        chart.span(time(line["seconds"]["lowest"]), time(line["seconds"]["highest"]), row)
+        chart.bar(time(0), time(line["wall_seconds"]["median"]), row, f"{line['wall_seconds']['median']:.2f}")
+        chart.span(time(line["wall_seconds"]["lowest"]), time(line["wall_seconds"]["highest"]), row)
         chart.bar(570, size(line["file_bytes"]), row, _size(line["file_bytes"]))
     return chart.svg()
 
@@ -161,8 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     add_data_options(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--plot-only", action="store_true", help="train nothing, show the record there is")
+    parser.add_argument("--times", type=Path, default=Path(__file__).with_name("step_time.json"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     return parser
 

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.slow
 SHORT = {
     "against_peft": ["--steps=3", "--batch-size=2", "--logit-steps=2", "--logit-rows=3"],
     "compare_methods": ["--methods", "lora", "ia3", "bitfit", "--seeds", "0", "1", "--steps=2"],
-    "dora_step": ["--steps=2", "--batch-size=2"],
     "kill_and_resume": ["--steps=9", "--batch-size=2"],
     "learning_rate": ["--rates", "1e-3", "3e-3", "--steps=2"],
     "profile_step": ["--warmup=1", "--steps=1", "--profiled=1", "--repeats=1"],
+    "step_time": ["--methods", "full", "bitfit", "--rounds=1", "--steps=1"],
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
     "train_define": ["--steps=2", "--repeat=2"],
 }
@@ -71,7 +71,8 @@ def test_every_script_that_can_be_started_is_tried() -> None:
 def test_a_script_runs_and_records_its_claim_its_command_and_the_machine(
     name: str, options: list[str], tmp_path: Path
 ) -> None:
-    run(name, *options, *SHORT[name], f"--out={tmp_path / 'record.json'}")
+    times = [f"--times={tmp_path / 'times.json'}"] if name == "compare_methods" else []
+    run(name, *options, *SHORT[name], *times, f"--out={tmp_path / 'record.json'}")
     text = (tmp_path / "record.json").read_text(encoding="utf-8")
     record = json.loads(text)
     assert record["claim"] and record["command"].split("python ")[1].startswith(f"bench/{name}.py")
@@ -89,7 +90,19 @@ def test_the_sweep_skips_what_its_record_holds(options: list[str], tmp_path: Pat
 
 
 def test_the_comparison_goes_on_from_its_record_and_shows_table_and_plot(options: list[str], tmp_path: Path) -> None:
-    words = [*options, "--steps=1", "--seeds=0", f"--out={tmp_path / 'record.json'}", "--methods"]
+    words = [*options, "--steps=1", "--seeds=0", f"--out={tmp_path / 'record.json'}"]
+    words += [f"--times={tmp_path / 'times.json'}", "--methods"]
+    times = [
+        *options,
+        f"--out={tmp_path / 'times.json'}",
+        "--rounds=1",
+        "--steps=1",
+        "--methods",
+        "lora",
+        "ia3",
+        "bitfit",
+    ]
+    run("step_time", *[word for word in times if not word.startswith("--valid")])
     run("compare_methods", *words, "lora")
     first = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["trials"]
     shown = run("compare_methods", *words, "lora", "ia3", "bitfit")
