@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ from onebase.train.data import Prepared, TrainingData
 from onebase.train.member import Member
 
 _TEMPLATE_NAME = "chat_template.jinja"
+_TASKS_WITH_HEADS = {
+    "ForSequenceClassification": ("SEQ_CLS", {"classifier", "score"}),
+    "ForTokenClassification": ("TOKEN_CLS", {"classifier", "score"}),
+    "ForQuestionAnswering": ("QUESTION_ANS", {"qa_outputs"}),
+}
+"""How transformers calls a model with a head for a task: PEFT's task_type, and the modules that PEFT then trains whole."""
 
 
 def save_run_adapter(folder: Path, member: Member, settings: Settings, data: TrainingData) -> int:
@@ -101,18 +107,25 @@ def placement_of(base: Base, adapter: Adapter) -> Placement:
         name_endings(saved, names),
         name_feedforward(targets, paths, feedforward),
         "Conv1D" in kinds,
-        _task_type(base.model, virtual=adapter.virtual_tokens > 0),
+        _task_type(base, saved, virtual=adapter.virtual_tokens > 0),
         tuple(f"{part.path}.{pair.name}" for part in adapter.parts for pair in getattr(part, "pairs", ())),
     )
 
 
-def _task_type(model: Any, *, virtual: bool) -> str | None:
-    """Return the task_type under which PEFT can open an adapter on this model: only some of its classes know prompts."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
+def _task_type(base: Base, saved: Sequence[str], *, virtual: bool) -> str | None:
+    """Return the task_type whose class of PEFT's fits the model, None for its plain one, which fits every model.
+
+    A task's own head is trained whole by that class of itself; it stands in the file only where it was trained here. An
+    encoder's hidden states are features; where virtual tokens stand before a sequence the plain class does not do.
+    """
+    model, heads = base.model, {path.rpartition(".")[2] for path in saved}
+    for ending, (task, names) in _TASKS_WITH_HEADS.items():
+        if type(model).__name__.endswith(ending) and heads & names:
+            return task
     if hasattr(model, "prepare_inputs_for_generation"):
-        return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION" if virtual else None
+        return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    is_encoder = base.layout_kind != "native" and base.trunk is model
+    return "FEATURE_EXTRACTION" if virtual or is_encoder else None
 
 
 def module_paths(names: list[str]) -> list[str]:
