@@ -78,9 +78,8 @@ class Bank:
         Raises:
             FileFormatError: it is damaged, or was trained on another base.
         """
-        stored = read_adapter(Path(folder))
+        stored = opening.with_present_paths(self.base, read_adapter(Path(folder)))
         opening.check_base(self.base, stored, allow_base_mismatch=allow_base_mismatch)
-        stored = opening.with_present_paths(self.base, stored)
         record = stored.record
         seed = 0 if record is None else record.seed or 0
         adapter = self.routed.add(name, stored.settings, seed=seed, tensors=stored.tensors)

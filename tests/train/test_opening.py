@@ -29,10 +29,14 @@ def base_on(model: Any) -> Base:
     return Base(model.eval().requires_grad_(False), None, name="tiny", folder=None, fingerprint="0" * 64)
 
 
-def llava() -> Any:
+def llava(**experts: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        text = transformers.LlamaConfig(**TEXT)
+        text = (
+            transformers.MixtralConfig(**TEXT, num_key_value_heads=4, **experts)
+            if experts
+            else transformers.LlamaConfig(**TEXT)
+        )
         vision = transformers.CLIPVisionConfig(**VISION, image_size=8, patch_size=4)
         config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=60)
         return transformers.LlavaForConditionalGeneration(config)
@@ -81,6 +85,61 @@ def test_an_adapter_from_before_transformers_5_goes_where_its_modules_are_now(tm
     assert {name: tensor.tolist() for name, tensor in opened.state.items()} == {
         name: tensor.tolist() for name, tensor in adapter.state.items()
     }
+
+
+OLD, NOW = "language_model.model.", "model.language_model."
+LAYER, MOE = f"{OLD}layers.0.self_attn.", {"num_local_experts": 2}
+ELSEWHERE: dict[str, tuple[dict[str, int], Any, dict[str, Any]]] = {  # what else a file says of modules, by old names
+    "feed-forward layers": (
+        {},
+        Ia3(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        {"feedforward_modules": [f"{OLD}layers.0.mlp.down_proj"]},
+    ),
+    "patterns": (
+        {},
+        Lora(
+            r=2,
+            target_modules=["q_proj", "v_proj"],
+            rank_pattern={r"language_model\..*q_proj": 3},
+            alpha_pattern={r"language_model\..*v_proj": 8},
+        ),
+        {"rank_pattern": {f"{LAYER}q_proj": 3}, "alpha_pattern": {r"language_model\.model.*v_proj": 8}},
+    ),
+    "rows of tokens": (
+        {},
+        Lora(r=2, target_modules=["q_proj"], trainable_token_indices={"language_model.embed_tokens": [3, 5]}),
+        {"trainable_token_indices": {f"{OLD}embed_tokens": [3, 5]}},
+    ),
+    "biases": ({}, Lora(r=2, target_modules=["q_proj"], bias="all"), {}),
+    "whole modules": ({}, Lora(r=2, target_modules=["q_proj"], modules_to_save=["language_model.norm"]), {}),
+    "bare parameters": (
+        MOE,
+        Lora(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj", "experts.gate_up_proj"]),
+        {"target_parameters": [f"{OLD}layers.0.mlp.experts.down_proj", "experts.gate_up_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_old_names_are_understood_wherever_a_file_has_them(tmp_path, case):
+    experts, settings, fields = ELSEWHERE[case]
+    bank = Bank(base_on(llava(**experts)))
+    adapter = tiny.fill_(bank.add("one", settings))
+    saving.write(tmp_path, bank.base, adapter, task="chat")
+    rename(tmp_path, (NOW, OLD), ("model.vision_tower.", "vision_tower.vision_model."))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    old = saved and [name.replace("model.language_model", "language_model.model") for name in saved]
+    change(tmp_path, **fields, modules_to_save=old)
+    stored = read_adapter(tmp_path)
+    other, opened = put_on(base_on(llava(**experts)), stored)
+    assert {name: tensor.tolist() for name, tensor in opened.state.items()} == {
+        name: tensor.tolist() for name, tensor in adapter.state.items()
+    }
+    text = torch.arange(3, 9)[None]
+    with bank.base.native(bank.sole_route("one")) as model:
+        wanted = model(input_ids=text).logits
+    with other.base.native(other.sole_route(opened.name)) as model:
+        assert torch.equal(model(input_ids=text).logits, wanted)
 
 
 def test_modules_that_this_base_never_had_are_named(tmp_path):

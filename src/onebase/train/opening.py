@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.layer import frozen_module
+from onebase.adapters.matching import for_path, lies_in, matches
 from onebase.base import pretrained
 from onebase.base.model import Base, load
+from onebase.config.methods import AdapterSettings, Lora
 from onebase.errors import FileFormatError, ModelError
 from onebase.files.peft_format import StoredAdapter, read_adapter
 
@@ -64,38 +68,85 @@ def put_on(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool = Fal
     Raises:
         FileFormatError: it was trained on another base, unless `allow_base_mismatch`; or its tensors do not fit.
     """
-    check_base(base, stored, allow_base_mismatch=allow_base_mismatch)
     stored = with_present_paths(base, stored)
+    check_base(base, stored, allow_base_mismatch=allow_base_mismatch)
     bank = Bank(base)
     seed = None if stored.record is None else stored.record.seed
     return bank, bank.add(ADAPTER, stored.settings, seed=seed or 0, tensors=stored.tensors)
 
 
 def with_present_paths(base: Base, stored: StoredAdapter) -> StoredAdapter:
-    """Return an adapter with its modules under the paths that they have in this base.
+    """Return an adapter with its modules under the paths that they have in this base, wherever it names them.
 
     transformers 5 renamed parts of some models; an adapter from before names them as they were called then.
     """
     there = {name.replace(".base_layer", "") for name, _ in base.model.named_modules()}
-    kept = tuple(getattr(stored.settings, "modules_to_save", None) or ())
-    moved = {path: pretrained.renamed_path(base.model, path) for path in (*stored.module_paths, *kept)}
-    moved = {old: new for old, new in moved.items() if old not in there and new in there and new != old}
+    tensors = {**stored.tensors, **stored.base_copies}
+    kept = getattr(stored.settings, "modules_to_save", None) or ()
+    named = (*stored.module_paths, *kept, *(name.rpartition(".")[0] for name in tensors))
+    gone = dict.fromkeys(plain for path in named if (plain := path.replace(".base_layer", "")) not in there)
+    moved = {old: new for old in gone if (new := pretrained.renamed_path(base.model, old)) in there}
     if not moved:
         return stored
-    own = {name: getattr(stored.settings, name, None) for name in ("target_modules", "modules_to_save")}
-    update = {name: [moved.get(path, path) for path in paths] for name, paths in own.items() if isinstance(paths, list)}
+    paths = tuple(_moved(path, moved) for path in stored.module_paths)
     return replace(
         stored,
-        settings=stored.settings.model_copy(update=update),
+        settings=_present_settings(stored.settings, stored.module_paths, moved),
         tensors={_moved(name, moved): tensor for name, tensor in stored.tensors.items()},
-        module_paths=tuple(moved.get(path, path) for path in stored.module_paths),
+        module_paths=paths,
+        base_copies={_moved(name, moved): tensor for name, tensor in stored.base_copies.items()},
     )
 
 
 def _moved(name: str, moved: Mapping[str, str]) -> str:
-    """Return a tensor's name with the path that it begins with replaced."""
-    old = next((path for path in moved if name.startswith(f"{path}.")), None)
+    """Return a tensor's or a module's name with the path that it is, or begins with, replaced."""
+    old = max((path for path in moved if lies_in(name, path)), key=len, default=None)
     return name if old is None else moved[old] + name.removeprefix(old)
+
+
+def _present_settings(settings: AdapterSettings, paths: Iterable[str], moved: Mapping[str, str]) -> AdapterSettings:
+    """Return settings as they were read from a file, of an adapter on `paths`, with the present names of moved modules."""
+    lists = {
+        name: getattr(settings, name, None) for name in ("target_modules", "feedforward_modules", "modules_to_save")
+    }
+    update: dict[str, Any] = {
+        name: _present_names(names, moved) for name, names in lists.items() if isinstance(names, list)
+    }
+    if isinstance(settings, Lora):
+        parameters = settings.target_parameters or []
+        leaves = {name.rpartition(".")[2] for name in parameters}
+        plain = dict.fromkeys(path.replace(".base_layer", "") for path in paths)
+        inside = [f"{path}.{leaf}" for path in plain for leaf in leaves]
+        every = {path: _moved(path, moved) for path in (*plain, *inside)}
+        update |= {
+            name: _present_patterns(getattr(settings, name), every) for name in ("rank_pattern", "alpha_pattern")
+        }
+        if parameters:
+            update["target_parameters"] = _present_names(parameters, every)
+        if isinstance(rows := settings.trainable_token_indices, dict):
+            update["trainable_token_indices"] = {
+                new: ids for name, ids in rows.items() for new in _present_names([name], moved)
+            }
+    return settings.model_copy(update=update)
+
+
+def _present_names(names: Iterable[str], moved: Mapping[str, str]) -> list[str]:
+    """Return names and path ends; those that do not mean a moved module any more become its present path."""
+    found: list[str] = []
+    for name in names:
+        new = [path for old, path in moved.items() if matches(name, old)]
+        found += [name] if all(matches(name, path) for path in new) else new
+    return [*dict.fromkeys(found)]
+
+
+def _present_patterns(patterns: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
+    """Return patterns that mean for each present path what the given ones mean for the old one, expressions included."""
+    keys = {key: key for key in patterns}
+    first = {new: for_path(keys, old, None) for old, new in moved.items()}
+    if all(for_path(keys, path, None) == key for path, key in first.items()):
+        return dict(patterns)
+    # whole paths, the longest first: a pattern means what ends like it, too
+    return {re.escape(path): patterns[key] for path in sorted(first, key=len, reverse=True) if (key := first[path])}
 
 
 def check_base(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool) -> None:

@@ -166,8 +166,8 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
                     f"adapter.init_from: the weights in {source} were trained with non_linearity {theirs}, these settings "
                     f"have {own}. Set adapter.non_linearity: {theirs}"
                 )
-        check_base(bank.base, stored, allow_base_mismatch=True)
         stored = with_present_paths(bank.base, stored)
+        check_base(bank.base, stored, allow_base_mismatch=True)
         tensors = stored.tensors
     adapter = bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
     if source is not None and isinstance(stored.settings, Lora):
