@@ -59,10 +59,10 @@ def columns_of(bank: Bank) -> dict[str, list[dict[str, Any]]]:
     places = bank.places
     found: dict[str, list[dict[str, Any]]] = {DEFAULT: [{}]}
     for candidate in sorted(places.owners, key=lambda c: c.kind.startswith("embedding") and -_size(bank, c.path)):
+        if candidate.path in places.lenders:  # it is never called
+            continue
         label = label_of(bank, candidate)
         found.setdefault(label, [{"target_modules": [candidate.path]}])
-        if label == "token embedding":  # T5 has three names for one, and calls two of them
-            found[label].append({"target_modules": [candidate.path]})
         if candidate.kind == "experts" and len(found[label]) == 1:
             name = next(name for name, p in places.module(candidate.path).named_parameters() if p.ndim == 3)
             parameter = {"target_modules": "attention", "target_parameters": [f"{candidate.path}.{name}"]}

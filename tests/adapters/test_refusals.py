@@ -1,11 +1,24 @@
 """What settings ask for and nobody would compute is refused, before a tensor is made of it or a result differs."""
 
+from typing import Any
+
 import pytest
+import torch
+import transformers
 
 from onebase.adapters.bank import Bank
-from onebase.config.methods import Lora
+from onebase.base.model import Base
+from onebase.config.methods import Full, Lora
 from onebase.errors import ConfigError, TargetError
 from tests import tiny
+
+
+def bart() -> Any:
+    sides = {f"{side}_{what}": 4 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    widths = {"vocab_size": 61, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(**sides, **widths)).eval()
 
 
 def test_dropout_is_refused_where_none_is_computed_and_a_trained_adapter_opens_all_the_same():
@@ -42,3 +55,34 @@ def test_embeddings_that_share_a_weight_are_not_taken_for_heads():
     settings = Lora(r=2, target_modules=["shared", "q"], ensure_weight_tying=True)
     with pytest.raises(TargetError, match="shares its weight with other embeddings"):
         Bank(tiny.base_of("t5")).add("a", settings)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Lora(r=2, target_modules=["shared", "fc1", "wo"]),
+        Lora(r=2, target_modules=["fc1", "wo"], modules_to_save=["shared"]),
+        Full(target_modules=["shared"]),
+    ],
+)
+def test_what_is_trained_on_an_embedding_that_is_never_called_is_refused(name, settings):
+    model = tiny.model_of("t5") if name == "t5" else bart()
+    ends = [end for end in settings.target_modules if any(path.endswith(end) for path, _ in model.named_modules())]
+    bank = Bank(Base(model))
+    with pytest.raises(TargetError, match=r"shared only lends its weight to .*encoder\.embed_tokens and .*Name those"):
+        bank.add("a", settings.model_copy(update={"target_modules": ends}))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_rows_and_copies_of_a_lent_weight_reach_those_that_are_called(name):
+    model = tiny.model_of("t5") if name == "t5" else bart()
+    bank = Bank(Base(model))
+    target = ["wo"] if name == "t5" else ["fc1"]
+    bank.add("rows", Lora(r=2, target_modules=target, trainable_token_indices=[3, 5]))
+    bank.add("copy", Lora(r=2, target_modules=target, modules_to_save=["shared"], ensure_weight_tying=True))
+    inputs = tiny.native_inputs("t5", 2)
+    plain = tiny.native_outputs(bank.base, bank.batch_route([None, None]), inputs)
+    for name in ("rows", "copy"):
+        tiny.fill_(bank.adapters[name])
+        assert not torch.allclose(tiny.native_outputs(bank.base, bank.batch_route([name, name]), inputs), plain)

@@ -150,14 +150,36 @@ def test_gpt2s_transposed_layers_are_linear_ones_and_the_presets_mean_them():
     assert sorted(names) == ["c_attn", "c_fc", "c_proj"]
 
 
-def test_an_attentions_table_of_distances_is_no_embedding_of_ids():
-    with torch.device("meta"):
-        model = transformers.T5Model(
-            transformers.T5Config(d_model=32, d_kv=8, num_layers=1, num_heads=4, vocab_size=300)
-        )
+def test_neither_an_attentions_table_of_distances_nor_a_lent_weight_is_an_embedding_of_ids():
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=300)
+    with torch.random.fork_rng():
+        model = transformers.T5Model(config).eval()
     rows = {row.pattern: row.available for row in targets.list_targets(model) if row.kind == "embedding"}
-    assert rows.pop("relative_attention_bias") is False
-    assert rows and all(rows.values())
+    assert rows == {"shared": False, "relative_attention_bias": False, "embed_tokens": True}
+
+
+class WithOneMoreHead(nn.Module):
+    """A model whose second part reads ids again, through an embedding of its own with the first one's weight."""
+
+    device, dummy_inputs = torch.device("cpu"), {"ids": torch.tensor([[3, 4]])}
+
+    def __init__(self, *, calls_both: bool) -> None:
+        super().__init__()
+        self.embed, self.calls_both = nn.Embedding(8, 4), calls_both
+        self.second = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+        self.second[0].weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.second(ids) + (self.embed(ids) if self.calls_both else 0)
+
+
+@pytest.mark.parametrize("calls_both", [False, True])
+def test_an_embedding_that_only_lends_its_weight_is_found_by_a_forward(calls_both):
+    model = WithOneMoreHead(calls_both=calls_both)
+    assert targets.lenders(model) == ({} if calls_both else {"embed": ("second.0",)})
+    rows = {row.pattern: row.available for row in targets.list_targets(model) if row.kind == "embedding"}
+    assert rows == {"embed": calls_both, "0": True}
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_router_is_no_part_of_all_linear():

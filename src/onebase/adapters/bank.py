@@ -146,6 +146,7 @@ class Bank:
         if name in self._adapters:
             raise ConfigError(f"adapter {name!r} is in the bank already: choose another name, or remove it first.")
         built = build(self.places, settings, seed)
+        self.places.check_called(built.parts)
         if built.refusals and tensors is None:
             raise TargetError(list_problems("adapter", built.refusals))
         adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)

@@ -16,10 +16,11 @@ from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets
 from onebase.adapters.part import Part
 from onebase.base.model import Base
-from onebase.base.route import RowSpace
-from onebase.base.targets import list_targets
+from onebase.base.route import Route, RowSpace
+from onebase.base.targets import lenders, list_targets
 from onebase.config.targeting import Targeted
 from onebase.errors import TargetError
+from onebase.ops.segments import NO_OWNER
 
 NORM = "norm"
 
@@ -27,7 +28,8 @@ NORM = "norm"
 class Places:
     """The frozen modules by path, and those that an adapter can be put on.
 
-    `candidates` are the layers that `onebase targets` lists, `owners` all modules that have parameters of their own.
+    `candidates` are the layers that `onebase targets` lists, `owners` all modules that have parameters of their own,
+    `lenders` embeddings that are never called (base/targets.py).
     """
 
     def __init__(self, base: Base) -> None:
@@ -41,10 +43,13 @@ class Places:
                     self._children[id(parent), name] = child
                     self._parents.setdefault(id(child), []).append((parent, name))
         order = {path: place for place, path in enumerate(self.modules)}
+        with base.native(Route(batch_owners=(NO_OWNER,))):
+            self.lenders = lenders(base.model)
+            targets = list_targets(base.model)
         candidates = [
-            Candidate(path, target.kind if target.available else _unavailable(target.kind), target.role)
-            for target in list_targets(base.model)
-            for path in target.paths
+            Candidate(path, t.kind if t.available or path in self.lenders else _unavailable(t.kind), t.role)
+            for t in targets
+            for path in t.paths
         ]
         self.candidates = tuple(sorted(candidates, key=lambda c: order[c.path]))
         self._poolers = {c.path for c in candidates if c.role == "pooler"}
@@ -142,6 +147,21 @@ class Places:
     def path_of(self, module: nn.Module | None) -> str | None:
         """Return where a frozen module is, None if it is nowhere."""
         return next((path for path, found in self.modules.items() if found is module and module is not None), None)
+
+    def check_called(self, parts: Iterable[Part]) -> None:
+        """Raise if a module that is never called is the only one to read something that an adapter trains.
+
+        Raises:
+            TargetError: which, and those that are called in its place.
+        """
+        parts = list(parts)
+        read = {id(p) for part in parts if part.path not in self.lenders for _, p in part.parameters()}
+        for part in parts:
+            if any(id(p) not in read for _, p in part.parameters()):
+                raise TargetError(
+                    f"adapter: {part.path} only lends its weight to {' and '.join(self.lenders[part.path])} in "
+                    f"{self.base.name} and is never called: what is trained on it alone would change nothing. Name those."
+                )
 
     def choose_named(
         self, names: str | Sequence[str], setting: str, reach: Reach, candidates: Sequence[Candidate] | None = None

@@ -9,7 +9,7 @@ is that name or ends with "." and that name; where no ending is exact (BERT's `o
 `attention.output.dense`), the pattern is a regular expression for the whole path.
 
 Called by adapters/bank.py (the modules, by path, kind and role) and `onebase targets` (rows and presets). Cost: a walk
-over the modules.
+over the modules, and a forward of a few tokens in encoder-decoders.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from onebase.config.targeting import in_preset
@@ -93,14 +94,14 @@ def list_modules(model: nn.Module) -> list[Module]:
     """Return every module that could carry an adapter, in the model's order; a shared one once."""
     modules = []
     tree = dict(model.named_modules())
-    heads = _head_paths(model, tree)
+    heads, lent = _head_paths(model, tree), lenders(model)
     for path, module in tree.items():
         kind = _kind(module)
         if not path or kind is None or _inside_own_kind(path, tree):
             continue
         block = _block(path, tree)
         role = _role(path, kind, block, tree, heads)
-        available = _is_available(kind, module, tree[path.rpartition(".")[0]], block)
+        available = path not in lent and _is_available(kind, module, tree[path.rpartition(".")[0]], block)
         modules.append(Module(path, kind, _shape(module), block, role, available))
     return modules
 
@@ -113,6 +114,34 @@ def _is_available(kind: Kind, module: nn.Module, parent: nn.Module, block: tuple
         first = next(iter(inspect.signature(module.forward).parameters), "")
         return block is None and first in ("input", "input_ids")
     return kind != "quantised-linear"
+
+
+def lenders(model: Any) -> dict[str, tuple[str, ...]]:
+    """Return the embeddings that only lend their weight, each with the paths of those that have it and are called.
+
+    transformers 5 builds encoder-decoders so: `shared` stands beside an encoder and a decoder with embeddings of their
+    own. Suspected is an embedding whose weight embeddings further inside its parent have too; a forward on the model's
+    own dummy inputs acquits it. A model that does not run on them has none.
+    """
+    embeddings = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    suspects = {}
+    for path, module in embeddings.items():
+        parent = path.rpartition(".")[0]
+        inside = [p for p in embeddings if p != path and _lies_in(p, parent) and p.rpartition(".")[0] != parent]
+        if twins := tuple(p for p in inside if embeddings[p].weight is module.weight):
+            suspects[path] = twins
+    called: set[str] = set()
+    hooks = [embeddings[path].register_forward_pre_hook(lambda *_, path=path: called.add(path)) for path in suspects]
+    try:
+        if suspects:
+            with torch.no_grad():
+                model(**{name: value.to(model.device) for name, value in model.dummy_inputs.items()})
+    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: twins for path, twins in suspects.items() if path not in called}
 
 
 def preset_paths(model: nn.Module, preset: str) -> list[str]:
