@@ -1,5 +1,7 @@
 """Every model family: LoRA on its default targets learns, is kept, merges, and shares a batch."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -79,11 +81,15 @@ def test_each_entry_of_a_mixed_batch_equals_it_alone(name):
                 )
 
 
-@pytest.mark.parametrize("name", [name for name in families.ALL if name not in (*tiny.NATIVE, "plain")])
+@pytest.mark.parametrize("name", [n for n in families.ALL if n not in (*tiny.NATIVE, *tiny.PADDED, "plain")])
 def test_flat_equals_padded(name):
-    bank = families.bank_on(name)
+    dtype = torch.float64
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
+    if name == "gemma2":  # transformers' eager mask holds the least fp64, which its softmax in fp32 makes NaN of
+        dtype, close = torch.float32, {"rtol": 1e-4, "atol": 1e-5}
+    bank = families.bank_on(name, dtype)
     for seed, adapter in enumerate(("one", "two")):
-        tiny.fill_(tiny.as_dtype_(bank.add(adapter, own_targets(name), seed=seed), torch.float64), seed=seed)
+        tiny.fill_(tiny.as_dtype_(bank.add(adapter, own_targets(name), seed=seed), dtype), seed=seed)
     owners = {0: "one", 1: None, 2: "two", 3: "one"}
     assert bank.base.layout_kind == "flat"
     flat, loss = families.run(bank, owners)
@@ -94,6 +100,6 @@ def test_flat_equals_padded(name):
     padded, loss = families.run(bank, owners)
     loss.backward()
     for i in owners:
-        torch.testing.assert_close(flat[i], padded[i], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(flat[i], padded[i], **close)
     for key, gradient in tiny.gradients(bank, "one").items():
-        torch.testing.assert_close(gradients[key], gradient, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(gradients[key], gradient, **close)

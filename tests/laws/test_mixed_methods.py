@@ -13,8 +13,9 @@ NO_BIAS = {"bitfit", "lora+bias"}
 NO_PREFIX = {"prefix-tuning", "prefix-tuning+projection"}
 NO_VIRTUAL = NO_PREFIX | {"prompt-tuning"}
 MISSING: dict[str, set[str]] = {
-    **dict.fromkeys(("llama", "llama-tied", "qwen3", "mistral", "gemma3", "phi3", "modernbert"), NO_BIAS),
-    "qwen3-moe": NO_BIAS | {"bottleneck-pfeiffer"},
+    **dict.fromkeys(("llama", "llama-tied", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "modernbert"), NO_BIAS),
+    **dict.fromkeys(("qwen3-moe", "mixtral"), NO_BIAS | {"bottleneck-pfeiffer"}),
+    "bloom": NO_PREFIX,
     "opt": {"full"},
     "distilbert": NO_PREFIX,
     "t5": NO_BIAS | NO_VIRTUAL | {"full"},
