@@ -2,8 +2,8 @@
 
     python bench/compare_methods.py --train define-train.jsonl --valid define-valid.jsonl --seeds 0 1 2
 
-`onebase train` in a fresh process for each method and seed, the methods in turns, same steps, batch 16, each method's own
-default learning rate. A method that the model cannot have (BitFit without biases) stands in the record with what it
+`onebase train` in a fresh process for each method and seed, same rows, same steps of 8 rows, each method's own default
+learning rate; --jobs of them at a time (with OMP_NUM_THREADS=1, as many as there are cores). A method that the model cannot have (BitFit without biases) stands in the record with what it
 said. The record is written after each run, and a run that is in it already (same method, settings, rate, seed) is
 skipped: interrupt it and start it again. What a step takes comes from step_time.json, where the methods step in turns: it
 is measured first if it is not there. Prints the table as Markdown; --plot-only prints and draws from the records.
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def main() -> None:
     times = _step_times(args)
     same = {
         "steps": args.steps,
+        "batch_size": args.batch_size,
         "model": Path(args.model).name,
         "train": file_facts(args.train),
         "valid": file_facts(args.valid),
@@ -41,14 +43,15 @@ def main() -> None:
     trials = _earlier_trials(args.out, same)
     if not args.plot_only:
         record = Record(args.out, str(__doc__).partition("\n")[0], same=same)
-        for seed in args.seeds:
-            for name in args.methods:
-                if any(_facts(name, seed).items() <= trial.items() for trial in trials):
-                    continue
-                trials.append(_trial(args, name, seed))
+        wanted = [(name, seed) for seed in args.seeds for name in args.methods]
+        wanted = [w for w in wanted if not any(_facts(*w).items() <= trial.items() for trial in trials)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for done in as_completed([pool.submit(_trial, args, name, seed) for name, seed in wanted]):
+                trials.append(done.result())
                 record.write(summarise(trials, times))
-                found = trials[-1].get("valid_loss", trials[-1].get("refused"))
-                print(f"{name} seed {seed}: {found}", file=sys.stderr, flush=True)
+                trial = trials[-1]
+                found = trial.get("valid_loss", trial.get("refused"))
+                print(f"{trial['method']} seed {trial['seed']}: {found}", file=sys.stderr, flush=True)
     if not trials:
         raise SystemExit("nothing was measured yet")
     summary = summarise(trials, times)
@@ -72,7 +75,7 @@ def _facts(name: str, seed: int) -> dict[str, Any]:
 
 
 def _trial(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    settings = settings_of(args, METHODS[name], steps=args.steps, seed=seed)
+    settings = settings_of(args, METHODS[name], steps=args.steps, batch_size=args.batch_size, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         try:
             run = train_in_fresh_process(settings, Path(folder) / "run")
@@ -91,6 +94,7 @@ def _trial(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
 def summarise(trials: Sequence[Mapping[str, Any]], times: Mapping[str, Any]) -> dict[str, Any]:
     """Return the trials by method with medians, spreads and step times, best loss first; what was refused; every trial."""
     by_method = []
+    trials = sorted(trials, key=lambda trial: (trial["seed"], list(METHODS).index(trial["method"])))
     for name in dict.fromkeys(trial["method"] for trial in trials if "refused" not in trial):
         own = [trial for trial in trials if trial["method"] == name and "refused" not in trial]
         line = {key: own[0][key] for key in ("method", "learning_rate", "trainable_parameters", "file_bytes")}
@@ -176,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--plot-only", action="store_true", help="train nothing, show the record there is")
     parser.add_argument("--times", type=Path, default=Path(__file__).with_name("step_time.json"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
