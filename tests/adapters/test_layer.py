@@ -1,15 +1,21 @@
 """The wrapper adds each row's own update to what the frozen layer says, in whatever shape the rows come."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.lora import make_linear, plan_of
+from onebase.base.model import Base
 from onebase.base.route import Route, RowSpace, Slot
-from onebase.config.methods import Lora
+from onebase.config.methods import LnTuning, Lora
+from onebase.data.examples import Examples
 from onebase.ops.keyed import keep_mask, mix, mix_rows, position_keys
 from onebase.ops.segments import NO_OWNER, Segments
+from tests import tiny
 
 
 def adapted(*owners, path="blocks.0.proj", bias=True, dropout=0.0):
@@ -111,6 +117,7 @@ def test_the_input_keeps_its_bytes():
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_rows_of_attention_heads_belong_to_their_tokens_owner_wherever_the_heads_are(heads_first):
     layer, targets = adapted(0, 1, dropout=0.5)
+    layer.tokens_at = 2 if heads_first else 1
     keys = position_keys(mix("test"), 0, 4)
     x = inputs(4, 3, 5)  # tokens, heads
     laid = x.transpose(0, 1)[None] if heads_first else x[None]
@@ -128,15 +135,45 @@ def test_rows_of_attention_heads_belong_to_their_tokens_owner_wherever_the_heads
         torch.testing.assert_close(out[token], expected)
 
 
-def test_as_many_heads_as_tokens_are_told_apart_by_an_earlier_batch_or_not_at_all():
-    layer, targets = adapted(0, 1)
-    square = inputs(3, 3, 5)[None]
-    route = route_of([1, 2], [1, 0])
-    with layer._slot.use(route), pytest.raises(RuntimeError, match=r"cannot tell 3 tokens from heads"):
-        layer(square)
-    with layer._slot.use(route_of([1, 1], [1, 0])):
-        layer(inputs(1, 3, 2, 5))  # heads first, no doubt
-    with layer._slot.use(route):
-        out = layer(square)[0]
-    torch.testing.assert_close(out[:, 0], by_hand(layer, targets[1], square[0, :, 0]))
-    torch.testing.assert_close(out[:, 1:], by_hand(layer, targets[0], square[0, :, 1:]))
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe", "gemma3", "heads first"])
+def test_as_many_tokens_as_heads_are_told_apart_in_the_first_batch(name):
+    model = tiny.model_of("qwen3" if name == "heads first" else name, num_attention_heads=4, num_key_value_heads=4)
+    bank = Bank(Base(turned(model) if name == "heads first" else model))
+    for seed, owner in enumerate(("one", "two")):
+        tiny.fill_(bank.add(owner, LnTuning(target_modules=["q_norm", "k_norm"])), seed=seed)
+    examples = tiny.examples_of(2, 2)
+    both = hidden_of(bank, tiny.batch_of(examples, "one", "two"))
+    for number, owner in enumerate(("one", "two")):
+        alone = tiny.batch_of(Examples([examples[number]]), owner)
+        rows = both[2 * number : 2 * number + 2]
+        torch.testing.assert_close(rows, hidden_of(bank, alone), rtol=1e-4, atol=1e-4)
+        bank.remove(owner)
+        bank.add(owner, LnTuning(target_modules=["q_norm"]))  # fresh: the base's own
+        assert not torch.allclose(rows, hidden_of(bank, alone), atol=1e-2)
+
+
+def hidden_of(bank: Bank, batch: Any) -> torch.Tensor:
+    return bank.base.hidden(batch.token_ids, bank.route(batch.layout))
+
+
+class Turned(nn.Module):
+    """A norm on heads that is given all tokens head by head."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.q_norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def turned(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.self_attn.q_norm = Turned(layer.self_attn.q_norm)
+    return model
+
+
+def test_an_input_of_which_the_tokens_place_is_not_known_is_refused():
+    layer, _ = adapted(0, 1)
+    with layer._slot.use(route_of([1, 2], [1, 0])), pytest.raises(RuntimeError, match=r"cannot tell 3 tokens from"):
+        layer(inputs(1, 3, 3, 5))

@@ -319,8 +319,14 @@ class Bank:
     def _wrap(self, path: str) -> AdaptedLayer:
         if path not in self._layers:
             module = self.places.module(path)
-            reads_tokens = self.places.reads_tokens(path)
-            layer = AdaptedLayer(module, path, self.places.space(path), self.base.slot, reads_tokens=reads_tokens)
+            layer = AdaptedLayer(
+                module,
+                path,
+                self.places.space(path),
+                self.base.slot,
+                reads_tokens=self.places.reads_tokens(path),
+                tokens_at=self.base.token_axes.get(path),
+            )
             layer.train(module.training)
             self.places.put(path, layer)
             self._layers[path] = layer

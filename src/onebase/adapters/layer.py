@@ -39,17 +39,18 @@ class AdaptedLayer(nn.Module):
     """A frozen module with the bank's parts on it, bound to one row space when it is made."""
 
     def __init__(
-        self, base_layer: nn.Module, path: str, space: RowSpace, slot: Slot, *, reads_tokens: bool = True
-    ) -> None:
+        self, base_layer: nn.Module, path: str, space: RowSpace, slot: Slot, *, reads_tokens: bool = True,
+        tokens_at: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.reads_tokens = reads_tokens  # an embedding of what a batch's entries are, not of where it stands
+        self.tokens_at = tokens_at  # which dimension of its input are the tokens, as the base's self-check saw it
         self.base_layer = base_layer
         self.path, self.space, self.rows = path, space, rows_of(base_layer)
         self._slot = slot
         self._key = path_key(path)
         self._has_children = any(True for _ in base_layer.children())
         self._attends = any(hasattr(module, "layer_idx") for module in base_layer.modules())  # as learned keys ask
-        self._tokens_at = -1
         self._parts: dict[int, list[Part]] = {}
         self._of_kind: dict[type, dict[int, list[Any]]] = {}
         self.low_rank: LowRank | None = None
@@ -200,24 +201,13 @@ class AdaptedLayer(nn.Module):
             return route.segments(self.space, count), 1, 1
         if shape[0] > 1:  # entries of a padded batch, or tokens, come first: what is theirs lies together
             return Segments(known.offsets * each, known.owners), 1, each
-        place = self._place_of_tokens(shape, known.row_count)
+        place = self.tokens_at
+        if place is None or place >= len(shape) or shape[place] != known.row_count:
+            raise RuntimeError(f"{self.path}: cannot tell {known.row_count} tokens from heads in an input of {shape}")
         times = math.prod(shape[:place])
         each //= times
         spans = [((end - start) * each, owner) for start, end, owner in known] * times
         return Segments.of([length for length, _ in spans], [owner for _, owner in spans]), times, each
-
-    def _place_of_tokens(self, shape: tuple[int, ...], token_count: int) -> int:
-        """Return which dimension of a flat input holds the tokens, as the first batch that left no doubt has shown it.
-
-        Raises:
-            RuntimeError: none does, or it cannot be told from another one yet.
-        """
-        places = [place for place, length in enumerate(shape) if length == token_count]
-        if len(places) == 1:
-            self._tokens_at = places[0]
-        if self._tokens_at not in places:
-            raise RuntimeError(f"{self.path}: cannot tell {token_count} tokens from heads in an input of {shape}")
-        return self._tokens_at
 
     def forward_rows(self, rows: Tensor, segments: Segments, row_keys: Tensor | None) -> Tensor:
         """Return the output for rows that lie one after the other.

@@ -9,11 +9,13 @@ into one hidden state each is native: it runs as it is. Nothing is decided by a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from onebase.base.flat import NotFlatError
 from onebase.base.route import Route, RowSpace
@@ -81,7 +83,7 @@ def head_of(model: Any) -> HeadRecord | None:
 
 
 def choose_layout(base: Base) -> Literal["flat", "padded"]:
-    """Return the layout in which the base equals its own model; set its `position_offset` and `shares_prefixes`.
+    """Return the layout in which the base equals its own model; set `position_offset`, `shares_prefixes`, `token_axes`.
 
     Raises:
         ModelError: the base equals its model in none.
@@ -89,7 +91,8 @@ def choose_layout(base: Base) -> Literal["flat", "padded"]:
     """
     try:
         examples = _probe(base)
-        expected = _own_results(base, examples)
+        with _inputs_seen(base.model) as shapes:
+            expected = _own_results(base, examples)
     except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
         said = " ".join(str(error).split())
         raise NotOfTokensError(f"a {type(base.model).__name__} does not run on token ids alone ({said})") from error
@@ -98,6 +101,9 @@ def choose_layout(base: Base) -> Literal["flat", "padded"]:
             f"{base.name}: the model's own results are not finite in {str(base.dtype).removeprefix('torch.')}: its weights "
             "are damaged (NaN or infinity in them), or too large for this dtype. Get them again, or set dtype: float32."
         )
+    base.token_axes = {
+        path: axis for path, seen in shapes.items() if (axis := _differing(seen[0], seen[-1])) is not None
+    }
     padding = getattr(base.model.config, "pad_token_id", None)
     found = []
     for kind, offset in (("flat", 0), ("flat", (padding or 0) + 1), ("padded", 0)):
@@ -145,6 +151,33 @@ def _rows_of_examples(layout: Layout) -> list[Tensor]:
         torch.tensor(layout.ancestor_rows(i) + list(range(layout.starts[i], layout.starts[i] + layout.nodes[i].length)))
         for i in (last - 1, last)
     ]
+
+
+@contextmanager
+def _inputs_seen(model: nn.Module) -> Iterator[dict[str, list[tuple[int, ...]]]]:
+    """Yield the shapes of what each module is given first, by path, in the order of its calls."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(path: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = next(iter((*given, *named.values())), None)
+        if isinstance(x, Tensor):
+            shapes.setdefault(path, []).append(tuple(x.shape))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, named, path=path: note(path, given, named), with_kwargs=True)
+        for path, module in model.named_modules()
+    ]
+    try:
+        yield shapes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _differing(one: tuple[int, ...], other: tuple[int, ...]) -> int | None:
+    """Return the only dimension in which two shapes differ: that of the tokens, for examples of different lengths."""
+    places = [place for place, lengths in enumerate(zip(one, other, strict=False)) if lengths[0] != lengths[1]]
+    return places[0] if len(places) == 1 and len(one) == len(other) else None
 
 
 @torch.no_grad()

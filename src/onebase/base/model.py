@@ -42,6 +42,7 @@ class Base:
         layout_kind: "flat", "padded" or "native", decided by a self-check when the base is made.
         why_native: why a native base is one; empty otherwise.
         shares_prefixes: whether a layout's node may have children (causal models), decided by the same check.
+        token_axes: which dimension of a module's input are the tokens, by path, as the same check saw it.
         slot: where the current route lies.
         input_embedding: what turns token ids into vectors, as it was before any adapter; None in a model that embeds no
             tokens, or does not say.
@@ -61,6 +62,7 @@ class Base:
             embedding if isinstance(getattr(embedding, "num_embeddings", None), int) else None
         )
         self.head: HeadRecord | None = None
+        self.token_axes: dict[str, int] = {}
         self.position_offset, self.shares_prefixes = 0, False
         self._own_attention = self._current_attention = self._flat_attention = self._memory_attention = ""
         self.layout_kind: LayoutKind = "native"
