@@ -28,4 +28,4 @@ def default_rate(name: str) -> float:
     """Return the learning rate that a method has where none is given."""
     from onebase.config.methods import METHODS as SETTINGS
 
-    return SETTINGS[METHODS[name]["method"]].default_learning_rate
+    return SETTINGS[METHODS[name]["method"]](**METHODS[name]).usual_learning_rate

@@ -54,7 +54,7 @@ def methods_table() -> str:
         (
             f"`{name}`",
             (kind.__doc__ or "").splitlines()[0],
-            f"{kind.default_learning_rate:g}",
+            kind.rates(),
             FORMAT_OF[kind].peft_type,
         )
         for name, kind in METHODS.items()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.config import METHODS, AdapterSettings, Lora
+from onebase.config import METHODS, AdapterSettings, Lora, PrefixTuning
 from onebase.errors import ConfigError
 from tests.config.trees import loras
 
@@ -103,6 +103,14 @@ def test_every_method_has_a_name_for_sentences_and_a_learning_rate_of_its_own() 
     for name, kind in METHODS.items():
         assert kind().method == name
         assert kind.title and 0 < kind.default_learning_rate < 1
+        assert kind().usual_learning_rate == kind.default_learning_rate
+
+
+def test_settings_that_want_another_learning_rate_have_it() -> None:
+    assert PrefixTuning(prefix_projection=True).usual_learning_rate < PrefixTuning().usual_learning_rate
+    for kind in METHODS.values():
+        assert set(kind.other_learning_rates) <= set(kind.model_fields)
+        assert all(f"{rate:g} with {name}" in kind.rates() for name, rate in kind.other_learning_rates.items())
 
 
 @pytest.mark.parametrize("kind", METHODS.values())

@@ -71,8 +71,8 @@ def test_what_a_run_says_of_itself_names_the_method(finished: Path, shop: Worksh
 
 
 def test_the_method_learns_at_its_own_rate_and_saves_what_it_learned(finished: Path, shop: Workshop) -> None:
-    result, kind = runs.result_of(finished), METHODS[VARIANTS[finished.name]["method"]]
-    assert max(record["learning_rate"] for record in metrics(finished)) == pytest.approx(kind.default_learning_rate)
+    result, settings = runs.result_of(finished), settings_of(shop, VARIANTS[finished.name]).adapter
+    assert max(record["learning_rate"] for record in metrics(finished)) == pytest.approx(settings.usual_learning_rate)
     found = invoke("eval", finished, "--data", shop.valid, "--json")
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["loss"] == pytest.approx(result.valid_loss, rel=1e-6)

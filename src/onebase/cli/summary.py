@@ -70,7 +70,7 @@ def _plainly(value: object) -> str:
 
 def _learning_rate(plan: "Plan", settings: "Settings") -> str:
     adapter, schedule = settings.adapter, settings.train.lr_scheduler_type
-    is_default = plan.learning_rate == adapter.default_learning_rate
+    is_default = plan.learning_rate == adapter.usual_learning_rate
     origin = f"the default for {adapter.method}" if is_default else "train.learning_rate"
     warm_up = f", after {terminal.counted(plan.warmup_steps, 'step')} of warm-up" if plan.warmup_steps else ""
     return f"{plan.learning_rate:g} ({origin}), {schedule}{warm_up}"

@@ -3,7 +3,7 @@
 The methods themselves are in methods.py; this file is apart because their groups (targeting.py) build on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,11 +19,25 @@ class Method(Section):
     """The method's name in a sentence."""
     default_learning_rate: ClassVar[float]
     """The learning rate where none is given, by measurement."""
+    other_learning_rates: ClassVar[Mapping[str, float]] = {}
+    """Settings that want another one where they are set."""
 
     method: str = Field(description="The adapter method.")
     init_from: Path | None = Field(
         default=None, strict=False, description="An adapter or run folder whose weights training starts from."
     )
+
+    @property
+    def usual_learning_rate(self) -> float:
+        """The learning rate of these settings where none is given."""
+        others = (rate for name, rate in self.other_learning_rates.items() if getattr(self, name))
+        return next(others, self.default_learning_rate)
+
+    @classmethod
+    def rates(cls) -> str:
+        """Return the learning rates in words."""
+        others = (f"{rate:g} with {name}" for name, rate in cls.other_learning_rates.items())
+        return ", ".join([f"{cls.default_learning_rate:g}", *others])
 
     @classmethod
     def elsewhere(cls, name: str) -> str | None:

@@ -183,6 +183,7 @@ class PrefixTuning(Method):
 
     title: ClassVar[str] = "prefix tuning"
     default_learning_rate: ClassVar[float] = 1e-1
+    other_learning_rates: ClassVar[Mapping[str, float]] = {"prefix_projection": 1e-3}
 
     method: Literal["prefix-tuning"] = Field(default="prefix-tuning", description="The adapter method.")
     num_virtual_tokens: int = Field(default=20, ge=1, description="How many keys and values each layer gets.")

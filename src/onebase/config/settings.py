@@ -118,7 +118,7 @@ class DataSettings(Section):
                 yield Problem((name,), "takes no 'weight', every row is measured once; got one. Remove it.")
 
 
-_RATES = ", ".join(f"{name} {kind.default_learning_rate:g}" for name, kind in METHODS.items())
+_RATES = "; ".join(f"{name} {kind.rates()}" for name, kind in METHODS.items())
 
 
 class TrainSettings(Section):
@@ -282,5 +282,5 @@ class Settings(Section):
         """Return equal settings in which what the adapter method decides is written down."""
         if self.train.learning_rate is not None:
             return self
-        train = self.train.model_copy(update={"learning_rate": self.adapter.default_learning_rate})
+        train = self.train.model_copy(update={"learning_rate": self.adapter.usual_learning_rate})
         return self.model_copy(update={"train": train})

@@ -57,7 +57,7 @@ class Member:
         self.shuffle, self.budget_tokens = shuffle, budget
         per_epoch = steps_per_epoch(len(examples), settings.batch_size)
         total = total_steps_of(per_epoch, settings.epochs, settings.steps)
-        learning_rate = settings.learning_rate or adapter.settings.default_learning_rate
+        learning_rate = settings.learning_rate or adapter.settings.usual_learning_rate
         self.schedule = Schedule(
             kind=settings.lr_scheduler_type,
             learning_rate=learning_rate,
