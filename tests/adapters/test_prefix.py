@@ -337,6 +337,32 @@ def test_a_cache_of_fixed_length_is_refused_where_learned_keys_would_be_lost_in_
         model(input_ids=ids, past_key_values=cache, use_cache=True)
 
 
+@pytest.mark.parametrize("graded", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "phi3", "qwen3", "gemma3", "mistral"])
+def test_forwards_with_a_cache_equal_one_without_gradients_included(name, graded):
+    """The text comes in two or more forwards; where gradients are wanted in all, they are those of one forward."""
+    bank = bank_of(name)
+    [example] = tiny.examples_of(6)
+    batch = batch_of(bank, "one", tiny.Examples([example]))
+    expected = logits_of(bank, batch)
+    ids = torch.tensor([[*bank.virtual_ids("one"), *example.token_ids.tolist()]])
+    cache, found = transformers.DynamicCache(config=bank.base.model.config), []
+    with bank.base.native(bank.sole_route("one", virtual_starts=(0,))) as model:
+        for number, piece in enumerate([ids[:, :-3], *ids[:, -3:].split(1, 1)]):
+            with torch.set_grad_enabled(graded[min(number, 1)]):
+                found.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0])
+    logits = torch.cat(found)[COUNT:]
+    torch.testing.assert_close(logits, expected, **FP64)
+    if all(graded):
+        weights = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        (expected * weights).sum().backward()
+        wanted = tiny.gradients(bank, "one")
+        tiny.clear_gradients(bank)
+        (logits * weights).sum().backward()
+        for key, gradient in tiny.gradients(bank, "one").items():
+            torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-6)
+
+
 def test_learned_keys_beside_a_copied_block_are_refused_and_never_dropped():
     bank = Bank(tiny.base_of("llama"))
     bank.add("one", PrefixTuning(num_virtual_tokens=3))

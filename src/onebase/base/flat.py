@@ -78,8 +78,9 @@ def flat_attention_of(slot: Slot) -> AttentionFunction:
 def memory_attention_of(slot: Slot) -> AttentionFunction:
     """Return attention for batches as transformers lays them out, padded and cached, under a route with memories.
 
-    In the first forward of a sequence the learned keys and values take their places; where no gradient is wanted they
-    are written into the tensors themselves, which are what a cache keeps, so that later forwards find them there.
+    In the first forward of a sequence the learned keys and values are written into the tensors themselves, which are
+    what a cache keeps, so that later forwards find them there, with their gradient where one is wanted. Views, which a
+    cache never is, are replaced then: autograd forbids writing into some of them (the pieces of a split).
     """
 
     def attend(
@@ -97,7 +98,8 @@ def memory_attention_of(slot: Slot) -> AttentionFunction:
                 "cache that grows (cache_implementation: dynamic)"
             )
         if key.shape[2] == query.shape[2]:
-            key, value = _with_memories(module, key, value, slot, in_place=not torch.is_grad_enabled())
+            in_place = not (torch.is_grad_enabled() and (key._is_view() or value._is_view()))
+            key, value = _with_memories(module, key, value, slot, in_place=in_place)
         return masked_attention(query, key, value, attention_mask, rule), None
 
     return attend

@@ -1,7 +1,7 @@
 """Memories: learned keys and values that take the place of what attention computed at some rows (prefix tuning).
 
-`take_places` returns new tensors, for training. `take_places_` writes into those of a cache, so that what generation
-keeps from its first forward are the learned ones. Both change the memory's rows alone, whatever stands beside them.
+`take_places` returns new tensors. `take_places_` writes into those of a cache, so that what it keeps from the first
+forward are the learned ones. Both change the memory's rows alone, whatever stands beside them.
 Called by the attention functions of base/flat.py; the learned tensors come from adapters/prefix.py.
 """
 
