@@ -48,10 +48,12 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             for done in as_completed([pool.submit(_trial, args, name, seed) for name, seed in wanted]):
                 trials.append(done.result())
-                record.write(summarise(trials, times))
+                record.write(summarise(trials, times))  # after each: a long comparison may be interrupted
                 trial = trials[-1]
                 found = trial.get("valid_loss", trial.get("refused"))
                 print(f"{trial['method']} seed {trial['seed']}: {found}", file=sys.stderr, flush=True)
+        if trials:
+            record.write(summarise(trials, times))
     if not trials:
         raise SystemExit("nothing was measured yet")
     summary = summarise(trials, times)
