@@ -13,6 +13,7 @@ from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.prompt import NAME
 from onebase.base.flat import NotFlatError
 from onebase.config.methods import Ia3, Lora, PrefixTuning, PromptTuning
+from onebase.data.examples import Examples
 from onebase.errors import ConfigError, TargetError
 from onebase.measure.forward import batches_of, forward_loss
 from onebase.measure.generate import generate
@@ -343,7 +344,7 @@ def test_forwards_with_a_cache_equal_one_without_gradients_included(name, graded
     """The text comes in two or more forwards; where gradients are wanted in all, they are those of one forward."""
     bank = bank_of(name)
     [example] = tiny.examples_of(6)
-    batch = batch_of(bank, "one", tiny.Examples([example]))
+    batch = batch_of(bank, "one", Examples([example]))
     expected = logits_of(bank, batch)
     ids = torch.tensor([[*bank.virtual_ids("one"), *example.token_ids.tolist()]])
     cache, found = transformers.DynamicCache(config=bank.base.model.config), []

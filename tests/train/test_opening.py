@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from onebase.adapters.bank import Bank
 from onebase.base.model import Base
-from onebase.config.methods import Ia3, Lora
+from onebase.config.methods import METHODS, Ia3, Lora
+from onebase.config.reading import settings_from
 from onebase.errors import ConfigError, FileFormatError, TargetError
 from onebase.files.peft_format import read_adapter
 from onebase.train import saving
 from onebase.train.opening import put_on
+from onebase.train.run import add_adapter
 from tests import tiny
 from tests.train import runs
 
@@ -185,3 +187,30 @@ def test_a_warm_start_from_another_method_is_refused(tmp_path):
         settings = shop.settings(adapter={"init_from": str(tmp_path / "old")}, train={"steps": 1})
         with pytest.raises(ConfigError, match=r"is an adapter of ia3, these settings are of lora.*method: ia3"):
             runs.run(settings, tmp_path / "run")
+
+
+EXPERTS = {"method": "lora", "r": 2, "lora_alpha": 4, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+RELU = {"method": "bottleneck", "reduction_factor": 4, "non_linearity": "relu"}
+OTHER: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # model, trained under, started under, refusal
+    "lora_alpha of experts": ("mixtral", EXPERTS, {"lora_alpha": 8}, r"scaling 2 on .*experts\.down_proj.* give 4\."),
+    "rslora of experts": ("mixtral", EXPERTS, {"use_rslora": True}, r"scaling 2 on .*Set .*use_rslora: false"),
+    "non_linearity": ("llama", RELU, {"non_linearity": "gelu"}, r"non_linearity relu, .* have gelu\. Set .*: relu"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_warm_start_under_settings_that_make_the_weights_another_function_is_refused(tmp_path, case):
+    name, trained, changed, refusal = OTHER[case]
+    bank = Bank(tiny.base_of(name))
+    old = tiny.fill_(bank.add("old", METHODS[trained["method"]](**trained)))
+    saving.write(tmp_path, bank.base, old, task="chat")
+
+    def started(adapter: dict[str, Any]) -> Any:
+        (tmp_path / "rows.jsonl").touch()
+        values = {"model": "tiny", "data": {"train": str(tmp_path / "rows.jsonl")}}
+        settings = settings_from(values | {"adapter": adapter | {"init_from": str(tmp_path)}})
+        return add_adapter(Bank(tiny.base_of(name)), settings.resolved())
+
+    with pytest.raises(ConfigError, match=f"adapter.init_from: .*{refusal}"):
+        started(trained | changed)
+    assert all(torch.equal(tensor, old.state[key]) for key, tensor in started(trained).state.items())
