@@ -35,7 +35,6 @@ class Ia3Output:
 
     path: str
     ia3_l: nn.Parameter
-    feedforward: bool = False
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the vector under PEFT's name, which has no ".weight"."""
@@ -61,7 +60,6 @@ class Ia3Input:
 
     path: str
     ia3_l: nn.Parameter
-    feedforward: bool = True
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the vector under PEFT's name, which has no ".weight"."""

@@ -54,7 +54,8 @@ class AdaptedLayer(nn.Module):
         self._parts: dict[int, list[Part]] = {}
         self._of_kind: dict[type, dict[int, list[Any]]] = {}
         self.low_rank: LowRank | None = None
-        # models read more of a module than they call it for: its settings, and by name what lies in it
+        # models read more of a module than they call it for: its settings, and by name what lies in it. All of it is shown,
+        # functions and tensors included: a choice by kind or name would end at the next model (act_fn, gate_up_proj)
         for name, value in {**vars(base_layer), **base_layer._parameters, **base_layer._modules}.items():
             if not (name.startswith("_") or hasattr(self, name)):
                 self.show(name, value)

@@ -131,27 +131,17 @@ def choose_targets(
     if exclude_modules is not None:
         out = set(_named(candidates, exclude_modules, "adapter.exclude_modules", problems, model_name, reach))
         chosen = [c for c in chosen if c not in out]
-    warnings = []
+    warnings: list[str] = []
     if target_modules in PRESETS:
         linear = Reach(reach.method, "linear layers by a preset", reach.kinds & LINEAR_KINDS)
-        if any(linear.holds(c) for c in chosen):
-            left_out = _out_of_reach(chosen, linear)
-            chosen = [c for c in chosen if linear.holds(c)]
-            if left_out:
-                warnings.append(f"{target_modules} means linear layers and leaves out {', '.join(left_out)}")
-        else:
+        if not any(linear.holds(c) for c in chosen):
             reach = linear
+        elif left_out := _out_of_reach(chosen, linear):
+            chosen = [c for c in chosen if linear.holds(c)]
+            warnings.append(f"{target_modules} means linear layers and leaves out {', '.join(left_out)}")
     warnings += _partial(candidates, chosen)
     if layers_to_transform is not None:
-        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-        layers = {c.path: c.layer(layers_pattern) for c in chosen}
-        missing = sorted(wanted - {layer for layer in layers.values() if layer is not None})
-        if missing and chosen:
-            problems.append(
-                f"adapter.layers_to_transform: no target lies in layer {', '.join(map(str, missing))}; the targets lie "
-                f"in layers {_spread(layers.values())}."
-            )
-        chosen = [c for c in chosen if layers[c.path] in wanted]
+        chosen = _in_layers(chosen, layers_to_transform, layers_pattern, problems)
     if wrong := _out_of_reach(chosen, reach):
         problems.append(
             f"adapter.target_modules: {reach.method} goes on {reach.noun} in this version, got {', '.join(wrong)}. "
@@ -202,6 +192,24 @@ def _named(
             problems.append(f"{where}: {name!r} {_nothing(name, candidates, model_name, reach)}")
         keep += hits
     return [c for c in candidates if c in keep]
+
+
+def _in_layers(
+    chosen: Sequence[Candidate],
+    numbers: int | Sequence[int],
+    layers_pattern: str | Sequence[str] | None,
+    problems: list[str],
+) -> list[Candidate]:
+    """Return those that lie in the layers of these numbers; numbers of layers without any become a problem."""
+    wanted = {numbers} if isinstance(numbers, int) else set(numbers)
+    layers = {c.path: c.layer(layers_pattern) for c in chosen}
+    missing = sorted(wanted - {layer for layer in layers.values() if layer is not None})
+    if missing and chosen:
+        problems.append(
+            f"adapter.layers_to_transform: no target lies in layer {', '.join(map(str, missing))}; the targets lie "
+            f"in layers {_spread(layers.values())}."
+        )
+    return [c for c in chosen if layers[c.path] in wanted]
 
 
 def _out_of_reach(chosen: Sequence[Candidate], reach: Reach) -> list[str]:

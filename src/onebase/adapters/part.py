@@ -140,6 +140,15 @@ class PartWithConstants(Part, Protocol):
 
 
 @runtime_checkable
+class DropoutPart(Part, Protocol):
+    """A part that sees only a share of its input in training."""
+
+    @property
+    def dropout(self) -> float:
+        """The share that it does not see, from 0."""
+
+
+@runtime_checkable
 class MemoryPart(Part, Protocol):
     """A part that gives attention learned keys and values at the rows of the adapter's virtual tokens."""
 
@@ -165,4 +174,3 @@ class Built:
     virtual_tokens: int = 0
     refusals: tuple[str, ...] = ()
     """Why a new adapter must not be so; one that was trained so is taken."""
-    extras: dict[str, object] = field(default_factory=dict)

@@ -41,11 +41,6 @@ class EmbeddingRows:
     order: Tensor  # the places of the ids, from the smallest id to the largest
     ordered: Tensor  # the ids in that order
 
-    @property
-    def visited_only(self) -> bool:
-        """Whether rows that no example has keep their values: they get no gradient."""
-        return True
-
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the rows under PEFT's name."""
         yield self.key, self.rows
@@ -72,11 +67,6 @@ class HeadRows:
     ids: tuple[int, ...]
     rows: nn.Parameter
     frozen: Tensor
-
-    @property
-    def visited_only(self) -> bool:
-        """Whether rows that no example has keep their values: those of a head that stands alone all learn."""
-        return False
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the rows under PEFT's name; tied ones bear the embedding's."""

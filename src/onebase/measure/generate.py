@@ -55,15 +55,8 @@ def generate(
         ConfigError: `max_new_tokens` or `temperature` is out of range.
         DataError: a prompt has no tokens, or leaves no room for an answer.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature: must be a number from 0, got {temperature}.")
     limit, virtual = bank.max_length(name), list(bank.virtual_ids(name))
-    for number, prompt in enumerate(prompts):
-        fault = prompt_fault(prompt, limit)
-        if fault is not None:
-            raise DataError(f"prompt {number + 1} {fault}")
+    _check(prompts, limit, max_new_tokens, temperature)
     ends = end_ids(bank.base)
     answers: list[list[int]] = [[] for _ in prompts]
 
@@ -86,6 +79,18 @@ def generate(
                 ends=ends,
             )
     return answers
+
+
+def _check(prompts: Sequence[list[int]], limit: int | None, max_new_tokens: int, temperature: float) -> None:
+    """Raise unless every prompt can be answered so by a model that takes `limit` tokens."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: must be at least 1, got {max_new_tokens}.")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature: must be a number from 0, got {temperature}.")
+    for number, prompt in enumerate(prompts):
+        fault = prompt_fault(prompt, limit)
+        if fault is not None:
+            raise DataError(f"prompt {number + 1} {fault}")
 
 
 def end_ids(base: Base) -> frozenset[int]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import onebase
 from onebase.adapters.bank import Adapter
+from onebase.adapters.experts import ExpertsPart
+from onebase.adapters.ia3 import Ia3Input
 from onebase.adapters.layer import frozen_module
 from onebase.adapters.lora import settings_in_file
 from onebase.adapters.matching import matches
@@ -97,9 +99,10 @@ def placement_of(base: Base, adapter: Adapter) -> Placement:
     if not isinstance(settings, Lora):  # the others' formats have no layers
         wanted = replace(wanted, layers_to_transform=None, layers_pattern=None)
     targets = name_targets(paths, names, wanted)
-    feedforward = {part.path for part in adapter.parts if getattr(part, "feedforward", False)}
+    feedforward = {part.path for part in adapter.parts if isinstance(part, Ia3Input)}
     kept = getattr(settings, "modules_to_save", None) or ()
     saved = [part.path for part in adapter.parts if any(matches(name, part.path) for name in kept)]
+    experts = (part for part in adapter.parts if isinstance(part, ExpertsPart))
     kinds = {type(frozen_module(base.model, path)).__name__ for path in paths}
     return Placement(
         targets,
@@ -108,7 +111,7 @@ def placement_of(base: Base, adapter: Adapter) -> Placement:
         name_feedforward(targets, paths, feedforward),
         "Conv1D" in kinds,
         _task_type(base, saved, virtual=adapter.virtual_tokens > 0),
-        tuple(f"{part.path}.{pair.name}" for part in adapter.parts for pair in getattr(part, "pairs", ())),
+        tuple(f"{part.path}.{pair.name}" for part in experts for pair in part.pairs),
     )
 
 
