@@ -17,6 +17,8 @@ METHODS: dict[str, Any] = {
     "prefix": PrefixTuning(num_virtual_tokens=4),
     "dora": Lora(r=4, use_dora=True, lora_dropout=0.1),
     "pissa": Lora(r=4, init_lora_weights="pissa"),
+    "pissa_niter": Lora(r=4, init_lora_weights="pissa_niter_4"),
+    "olora": Lora(r=4, init_lora_weights="olora"),
     "lora+": Lora(r=4, loraplus_lr_ratio=16, target_modules=["q_proj", "embed_tokens"]),
     "projected": PrefixTuning(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
 }
@@ -44,7 +46,8 @@ def test_stopped_after_any_step_and_resumed_equals_never_stopped(method):
         whole.run_step()
         whole.check_moved()
         held, books = whole.state()
-        states.append(({name: tensor.clone() for name, tensor in held.items()}, json.dumps(books)))
+        read = {name: t.clone(memory_format=torch.contiguous_format) for name, t in held.items()}  # as a file gives it
+        states.append((read, json.dumps(books)))
     assert len(states) == 9
     assert not any(torch.equal(tensor, first[name]) for name, tensor in whole.adapter.parameters())
     for tensors, text in states[:-1]:

@@ -182,7 +182,16 @@ class Member:
         for name, parameter in self.adapter.parameters():
             keys = {key.rpartition("/")[2]: key for key in tensors if key.startswith(f"{name}/")}
             if keys:
-                device = parameter.device
-                self.optimizer.state[parameter] = {short: tensors[key].to(device) for short, key in keys.items()}
+                self.optimizer.state[parameter] = {short: _laid_as(parameter, tensors[k]) for short, k in keys.items()}
         self.books = Books(**books)
         self.best = None if best is None else dict(best)
+
+
+def _laid_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor of the optimiser on the parameter's device, laid out in memory as the parameter is.
+
+    The fused AdamW goes through both as they lie, whatever their strides say; a file has everything row by row.
+    """
+    if tensor.shape != parameter.shape:  # the count of steps
+        return tensor.to(parameter.device)
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
