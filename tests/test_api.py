@@ -309,3 +309,15 @@ def test_a_failed_training_leaves_the_adapter_as_it_was_before_the_step(tmp_path
     with pytest.raises(TrainingError, match=r"step 1.*row 1"):
         ob.train(bank, {"a": ob.Job(data=rows, steps=2)})
     assert all(torch.equal(before[name], tensor) for name, tensor in adapter.state.items())
+
+
+@pytest.mark.parametrize("settings", ["lora", {}, 5, ob.Lora])
+def test_what_is_no_settings_is_refused_with_what_there_is(base, settings):
+    with pytest.raises(ConfigError, match=r"the settings must be one of ob\.Lora\(\.\.\.\), .*, got"):
+        ob.Bank(base).add("a", settings)
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, "a"])
+def test_a_seed_is_a_whole_number(base, seed):
+    with pytest.raises(ConfigError, match="the seed must be a whole number"):
+        ob.Bank(base).add("a", ob.Lora(), seed=seed)

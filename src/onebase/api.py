@@ -20,6 +20,7 @@ from onebase.base import pretrained
 from onebase.base.device import use_threads
 from onebase.base.model import Base, load
 from onebase.config.methods import (
+    METHODS,
     AdapterSettings,
     BitFit,
     Bottleneck,
@@ -67,10 +68,17 @@ class Bank:
         """Put a new adapter on the base; without settings it is LoRA with its defaults.
 
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken, or settings or seed are none.
             TargetError: the settings name a module that is not there.
         """
-        return self.routed.add(name, settings or Lora(), seed=seed)
+        chosen: Any = Lora() if settings is None else settings  # callers need not heed types
+        number: Any = seed
+        if not isinstance(chosen, AdapterSettings):
+            kinds = ", ".join(f"ob.{kind.__name__}(...)" for kind in METHODS.values())
+            raise ConfigError(f"adapter {name!r}: the settings must be one of {kinds}, got {chosen!r}.")
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ConfigError(f"adapter {name!r}: the seed must be a whole number, got {seed!r}.")
+        return self.routed.add(name, chosen, seed=number)
 
     def load(self, name: str, folder: str | Path, *, allow_base_mismatch: bool = False) -> Adapter:
         """Put the adapter in a folder (ours or PEFT's) on the base; its rows are read as they were in training.

@@ -8,8 +8,8 @@ import transformers
 
 from onebase.adapters.bank import Bank
 from onebase.base.model import Base
-from onebase.config.methods import Full, Lora
-from onebase.errors import ConfigError, TargetError
+from onebase.config.methods import Bottleneck, Full, Lora
+from onebase.errors import CapacityError, ConfigError, TargetError
 from tests import tiny
 
 
@@ -86,3 +86,39 @@ def test_rows_and_copies_of_a_lent_weight_reach_those_that_are_called(name):
     for name in ("rows", "copy"):
         tiny.fill_(bank.adapters[name])
         assert not torch.allclose(tiny.native_outputs(bank.base, bank.batch_route([name, name]), inputs), plain)
+
+
+def test_rows_of_an_embedding_that_is_named_twice_are_refused():
+    rows = {"embed_tokens": [1], "model.embed_tokens": [2]}
+    with pytest.raises(TargetError, match=r"model\.embed_tokens is named twice, .* by 'model\.embed_tokens'"):
+        Bank(tiny.base_of()).add("a", Lora(trainable_token_indices=rows))
+
+
+def test_a_bottleneck_too_wide_for_the_memory_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr("onebase.base.memory.available_bytes", lambda: 1_000_000)
+    with pytest.raises(CapacityError, match=r"Set a larger adapter\.reduction_factor"):
+        Bank(tiny.base_of()).add("a", Bottleneck(reduction_factor=0.001))
+
+
+def test_a_preset_in_a_list_is_told_to_stand_alone():
+    with pytest.raises(TargetError, match="'all-linear' is a preset, which stands alone"):
+        Bank(tiny.base_of()).add("a", Lora(target_modules=["all-linear", "lm_head"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"target_modules": ["mlp"], "exclude_modules": ["gate_proj"]}, {"up_proj", "down_proj"}),
+        ({"target_modules": ["layers.0"], "exclude_modules": ["mlp", "self_attn"]}, {"input_layernorm", "post_attention_layernorm"}),
+        ({"target_modules": ["layers.0"], "exclude_modules": "all-linear"}, {"input_layernorm", "post_attention_layernorm"}),
+        ({"exclude_modules": ["layers"]}, {"embed_tokens", "norm", "lm_head"}),
+    ],
+)  # fmt: skip
+def test_full_fine_tuning_leaves_out_what_is_excluded_with_all_inside_it(given, left):
+    adapter = Bank(tiny.base_of()).add("a", Full(**given))
+    assert {path.rpartition(".")[2] for path in adapter.target_paths} == left
+
+
+def test_full_fine_tuning_of_nothing_is_refused():
+    with pytest.raises(TargetError, match=r"exclude_modules: leaves nothing"):
+        Bank(tiny.base_of()).add("a", Full(target_modules=["q_proj"], exclude_modules=["self_attn"]))

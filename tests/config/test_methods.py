@@ -67,8 +67,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"q": -1}}, "alpha_pattern.q: must be above 0, got -1."),
     (
         {"init_lora_weights": "gausian"},
-        "'pissa_niter_16' (or another number), got 'gausian'. Closest is 'gaussian'.",
+        "'pissa_niter_16' (or another number up to 9999), got 'gausian'. Closest is 'gaussian'.",
     ),
+    ({"init_lora_weights": "pissa_niter_10000"}, "(or another number up to 9999), got 'pissa_niter_10000'."),
+    ({"trainable_token_indices": {}}, "trainable_token_indices: must"),
     ({"init_lora_weights": "eva"}, "got 'eva'. 'eva' is not available in this version."),
     ({"init_from": 3}, "init_from: must be a path, got 3."),
     ({"lora_r": 8}, "lora_r: unknown setting; here it is 'r'."),
@@ -85,6 +87,12 @@ def test_a_fault_names_its_place_the_rule_the_value_and_what_to_do(values: dict[
     first, fault = str(caught.value).split("\n")
     assert first == "1 problem in Lora"
     assert said in fault
+
+
+@pytest.mark.parametrize("pattern", ["(", ["layers", "("]])
+def test_a_list_of_blocks_that_is_no_regular_expression_is_told(pattern: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"layers_pattern: '\(' must be the name of a list of blocks"):
+        Lora(layers_to_transform=0, layers_pattern=pattern)
 
 
 @given(st.lists(st.sampled_from(FAULTS), min_size=1, unique_by=lambda fault: next(iter(fault[0]))))

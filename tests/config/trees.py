@@ -74,7 +74,7 @@ adapters = st.one_of(
     _of("ia3", {"feedforward_modules": _names, "init_ia3_weights": st.booleans(), **_targeted}),
     _of("bitfit", _targeted),
     _of("ln-tuning", _targeted),
-    _of("bottleneck", {"placement": st.sampled_from(["pfeiffer", "houlsby"]), "reduction_factor": _number(0, 99)}),
+    _of("bottleneck", {"placement": st.sampled_from(["pfeiffer", "houlsby"]), "reduction_factor": _number(0.001, 99)}),
     _of("prompt-tuning", {"prompt_tuning_init": st.just("RANDOM"), **_virtual}),
     _of("prompt-tuning", {"prompt_tuning_init_text": WORDS})
     .map(lambda tree: {"prompt_tuning_init": "TEXT"} | tree)

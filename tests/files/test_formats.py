@@ -82,6 +82,12 @@ def test_a_field_of_the_wrong_kind_is_told_with_the_rule_and_the_value(tmp_path:
         read_adapter(tmp_path / "a")
 
 
+def test_feed_forward_modules_that_are_no_regular_expression_are_told(tmp_path: Path) -> None:
+    edit(written(tmp_path / "a", "IA3"), feedforward_modules="(")
+    with pytest.raises(FileFormatError, match=r"feedforward_modules: must be a list of names or a regular expression"):
+        read_adapter(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, form in FORMATS.items() for name in sorted(form.needed)]
 )

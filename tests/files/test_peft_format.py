@@ -296,10 +296,26 @@ def test_another_method_is_refused_with_those_that_are_read(tmp_path, kind):
         read_adapter(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("data", "words"), [(b"{", "must be JSON"), (b"[]", "one JSON object"), (b"\xff", "UTF-8")])
+DAMAGED = [
+    (b"{", "must be JSON"),
+    (b"[]", "one JSON object"),
+    (b"\xff", "UTF-8"),
+    (b"[" * 100_000, "must be JSON that can be read: maximum recursion"),
+    (b'{"r": ' + b"9" * 5000 + b"}", "must be JSON that can be read: Exceeds the limit"),
+]
+
+
+@pytest.mark.parametrize(("data", "words"), DAMAGED)
 def test_a_config_that_is_no_json_object_is_refused(tmp_path, data, words):
     (write(tmp_path / "a") / "adapter_config.json").write_bytes(data)
     with pytest.raises(FileFormatError, match=words):
+        read_adapter(tmp_path / "a")
+
+
+def test_a_folder_in_the_place_of_the_record_is_named(tmp_path):
+    (write(tmp_path / "a") / "onebase.json").unlink()
+    (tmp_path / "a" / "onebase.json").mkdir()
+    with pytest.raises(FileFormatError, match=r"onebase\.json: cannot be read \(Is a directory\)"):
         read_adapter(tmp_path / "a")
 
 

@@ -26,6 +26,7 @@ from onebase.adapters.matching import LINEAR_KINDS, Reach
 from onebase.adapters.pair import matrix_shape
 from onebase.adapters.part import Built, RowCall
 from onebase.adapters.places import Places
+from onebase.base import memory
 from onebase.config.methods import Bottleneck
 from onebase.errors import TargetError
 from onebase.ops.keyed import mix
@@ -70,6 +71,7 @@ def build(places: Places, settings: Bottleneck, seed: int) -> Built:
 
     Raises:
         TargetError: the settings name a module that is not there or is no linear layer, or the base has no such place.
+        CapacityError: there is no memory for them.
     """
     default = roles.mlp_outputs(places.candidates)
     if settings.placement == "houlsby":
@@ -80,14 +82,21 @@ def build(places: Places, settings: Bottleneck, seed: int) -> Built:
             "bottlenecks after: adapter.target_modules."
         )
     match = places.choose(settings, REACH, default=default)
+    widths = [matrix_shape(places.module(path))[0] for path in match.paths]
+    numbers = sum(2 * width * _narrow(width, settings) for width in widths)
+    memory.check_room_for("the adapter", 4 * numbers, "Set a larger adapter.reduction_factor.")
     parts = tuple(_part(places.module(path), path, settings, seed) for path in match.paths)
     partly = settings.target_modules is None and not roles.mlp_outputs(places.candidates)
     return Built(parts, match.paths, (*match.warnings, *((roles.NO_MLP,) * partly)))
 
 
+def _narrow(width: int, settings: Bottleneck) -> int:
+    return max(1, int(width / settings.reduction_factor))
+
+
 def _part(module: Any, path: str, settings: Bottleneck, seed: int) -> BottleneckPart:
     width = matrix_shape(module)[0]
-    narrow = max(1, int(width / settings.reduction_factor))
+    narrow = _narrow(width, settings)
     draws = torch.Generator().manual_seed(mix(seed, path) >> 1)
     device = module.weight.device
     return BottleneckPart(

@@ -26,7 +26,7 @@ from onebase.adapters.part import Built, Part, RowCall
 from onebase.adapters.places import NORM, Places, bare_copy
 from onebase.base import memory
 from onebase.config.methods import Full, LnTuning
-from onebase.config.targeting import PRESETS
+from onebase.config.targeting import PRESETS, in_preset
 from onebase.errors import TargetError, list_problems
 
 _WHOLE = "module"
@@ -102,13 +102,30 @@ def build_full(places: Places, settings: Full, seed: int) -> Built:
         owners = match.paths
     else:
         everything = [c.path for c in places.owners]
-        match = places.choose(settings, _MODULES, default=everything, candidates=_modules(places))
-        owners = tuple(path for path in everything if any(lies_in(path, target) for target in match.paths))
+        modules = _modules(places)
+        out = _excluded(places, settings, modules)
+        named = settings.model_copy(update={"exclude_modules": None})
+        match = places.choose(named, _MODULES, default=everything, candidates=modules)
+        inside = (path for path in everything if any(lies_in(path, target) for target in match.paths))
+        owners = tuple(path for path in inside if not any(lies_in(path, gone) for gone in out))
+        if not owners:
+            raise TargetError("adapter.exclude_modules: leaves nothing of the targets to train. Exclude fewer modules.")
     _check_room(places, [p for path in owners for p in places.module(path).parameters(recurse=False)])
     made: dict[int, nn.Parameter] = {}
     parts = tuple(_own_part(places, path, path, made) for path in owners)
     warnings = (*match.warnings, *_of_the_root(places, settings), *places.untied_by(owners))
     return Built(parts, owners, warnings)
+
+
+def _excluded(places: Places, settings: Full, modules: Sequence[Candidate]) -> tuple[str, ...]:
+    """Return the modules that full fine-tuning leaves out, with all that is in them."""
+    names = settings.exclude_modules
+    if names is None:
+        return ()
+    if isinstance(names, str) and names in PRESETS:
+        return tuple(c.path for c in places.candidates if _PRESET.holds(c) and in_preset(c.role, names))
+    anything = Reach("full", "modules with parameters", frozenset(c.kind for c in modules))
+    return places.choose_named(names, "exclude_modules", anything, modules)
 
 
 def build_norms(places: Places, settings: LnTuning, seed: int) -> Built:

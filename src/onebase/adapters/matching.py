@@ -219,6 +219,8 @@ def _out_of_reach(chosen: Sequence[Candidate], reach: Reach) -> list[str]:
 
 def _nothing(name: str, candidates: Sequence[Candidate], model_name: str, reach: Reach) -> str:
     """Return the sentence about a name that matches nothing."""
+    if name in PRESETS:
+        return f"is a preset, which stands alone and not in a list: {name}. Beside it, name modules in full."
     within = [c for c in candidates if reach.holds(c)]
     ends = sorted({c.path.rpartition(".")[2] for c in within} | set(PRESETS))
     hint = _closest(name, ends)

@@ -147,6 +147,11 @@ def _asked(places: Places, settings: Lora) -> dict[str, list[int]]:
                 )
             if len(set(ids)) < len(ids):
                 raise TargetError(f"adapter.trainable_token_indices: an id of {path} comes twice. Write each once.")
+            if path in asked:
+                raise TargetError(
+                    f"adapter.trainable_token_indices: {path} is named twice, the second time by {name!r}. Name it once, "
+                    "with all its ids."
+                )
             asked[path] = ids
     return asked
 

@@ -29,7 +29,9 @@ def _regular(patterns: dict[str, Any]) -> dict[str, Any]:
     return patterns
 
 
-Iterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$"), Means("'pissa_niter_16' (or another number)")]
+Iterations = Annotated[
+    str, Field(pattern=r"^pissa_niter_[1-9]\d{0,3}$"), Means("'pissa_niter_16' (or another number up to 9999)")
+]
 
 
 class Lora(Targeted):
@@ -72,7 +74,7 @@ class Lora(Targeted):
     target_parameters: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None, description="Bare parameters that get an update, such as stacked experts: names or suffixes."
     )
-    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = Field(
+    trainable_token_indices: TokenIds | Annotated[dict[str, TokenIds], Field(min_length=1)] | None = Field(
         default=None, description="Rows of the embedding that are trained: token ids, or embedding's name -> token ids."
     )
     ensure_weight_tying: bool = Field(
@@ -142,7 +144,7 @@ class Bottleneck(Targeted):
         default="pfeiffer", description="After every MLP, or after every attention too."
     )
     reduction_factor: float = Field(
-        default=16, gt=0, description="The output's width divided by the bottleneck's; at least 1 number is left."
+        default=16, ge=0.001, description="The output's width divided by the bottleneck's; at least 1 number is left."
     )
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = Field(
         default="relu", description="What is applied between down and up."

@@ -25,6 +25,17 @@ def _patterns(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+def _block_lists(value: str | list[str]) -> str | list[str]:
+    for pattern in [value] if isinstance(value, str) else value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{pattern!r} must be the name of a list of blocks, or a regular expression ({error})."
+            ) from None
+    return value
+
+
 PRESETS = ("all-linear", "attention", "mlp")
 """What `target_modules` may say instead of names."""
 
@@ -46,6 +57,9 @@ def _patterns_or_none(value: str | list[str]) -> str | list[str]:
 Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
 PatternsOrNone = Annotated[str | list[str], AfterValidator(_patterns_or_none)]
 """Patterns, or [] for no module at all."""
+BlockLists = Annotated[
+    Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)], AfterValidator(_block_lists)
+]
 Block = Annotated[int, Field(ge=0)]
 
 
@@ -63,7 +77,7 @@ class Targeted(Method):
     layers_to_transform: Block | list[Block] | None = Field(
         default=None, description="The blocks that are adapted, by number from 0. Default: all."
     )
-    layers_pattern: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
+    layers_pattern: BlockLists | None = Field(
         default=None, description="The name of the list of blocks, where it is not found by itself."
     )
     modules_to_save: Annotated[list[str], Field(min_length=1)] | None = Field(

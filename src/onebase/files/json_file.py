@@ -28,7 +28,7 @@ def read_json(path: Path, *, todo: str) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        FileFormatError: the file is missing, not UTF-8, not JSON or not an object; the message ends with `todo`.
+        FileFormatError: the file is missing, cannot be read, is not UTF-8, not JSON or not an object; the message ends with `todo`.
     """
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
@@ -38,6 +38,10 @@ def read_json(path: Path, *, todo: str) -> dict[str, Any]:
         raise FileFormatError(f"{path}: must be UTF-8 text, byte {error.start} is not. {todo}") from error
     except json.JSONDecodeError as error:
         raise FileFormatError(f"{path} line {error.lineno}: must be JSON: {error.msg}. {todo}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists
+        raise FileFormatError(f"{path}: must be JSON that can be read: {error}. {todo}") from error
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read ({error.strerror}). {todo}") from error
     if not isinstance(content, dict):
         raise FileFormatError(f"{path}: must hold one JSON object, got {json_word(content)}. {todo}")
     return content
