@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from onebase.adapters.matching import for_path
 from onebase.config.methods import Lora
-from onebase.errors import CapacityError, FileFormatError
+from onebase.errors import CapacityError, ConfigError, FileFormatError
 from onebase.files import tensor_file
 from onebase.files.method_format import Placement
 from onebase.files.peft_config import read_config, stored_targets, targets_of
@@ -200,6 +201,46 @@ def test_files_that_the_caller_adds_appear_with_the_adapter_or_not_at_all(tmp_pa
             tmp_path / "a", Lora(r=4), pairs(), placement=placed(), base_path="tiny", record=record(), fill=fill
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OTHERS = [("thesis.txt", False), ("config.json", False), ("config.json", True), ("checkpoint-5/optimizer.pt", True)]
+
+
+@pytest.mark.parametrize(("name", "beside"), OTHERS)
+@pytest.mark.parametrize("link", [False, True], ids=["itself", "through a link"])
+def test_what_is_no_adapters_is_never_removed_by_saving_one(tmp_path, name, beside, link):
+    folder = tmp_path / "mine"
+    if beside:
+        write(folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    before = contents(folder)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(
+        ConfigError, match=f"holds what is no adapter's \\({name.partition('/')[0]}\\), and saving would"
+    ):
+        write(tmp_path / "link" if link else folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "../.."])
+def test_the_folder_one_is_in_is_never_replaced(tmp_path, monkeypatch, path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(ConfigError, match="is the folder you are in, or one around it"):
+        write(Path(path))
+    assert Path.cwd() == tmp_path / "a" / "b"
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("name", ["nul\0", "x" * 300])
+def test_a_path_that_is_none_is_said(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"no folder for an adapter|cannot write"):
+        write(tmp_path / name)
 
 
 def test_an_adapter_is_found_in_its_run_folder(tmp_path):

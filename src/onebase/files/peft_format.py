@@ -11,13 +11,14 @@ model is the bank's question.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onebase.config.methods import AdapterSettings
-from onebase.errors import FileFormatError, list_problems
+from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.files.atomic import new_folder, read_steadily, recover, write_synced
 from onebase.files.json_file import to_json
 from onebase.files.method_format import Placement
@@ -71,8 +72,9 @@ def write_adapter(
 
     Raises:
         FileFormatError: the tensors are no adapter with these settings (a rank that differs, half a pair, a NaN).
-        CapacityError, ConfigError: the disk is full, the place cannot be written to.
+        CapacityError, ConfigError: the disk is full, the place cannot be written to, or holds what is no adapter's.
     """
+    _check_replaceable(folder)
     form = FORMAT_OF[type(settings)]
     config = config_for(settings, placement, base_path=base_path, revision=record.base_revision)
     problems = tensor_problems(form, config, tensors)
@@ -85,6 +87,31 @@ def write_adapter(
         write_synced(new / RECORD_NAME, record.to_text())
         if fill is not None:
             fill(new)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise if a folder holds more than an adapter: a new one takes its place, and all that is in it would be gone.
+
+    Raises:
+        ConfigError: what would be lost, or that the path is none.
+    """
+    try:
+        there = Path(os.path.realpath(folder))
+        names = sorted(path.name for path in there.iterdir()) if there.is_dir() else []
+        other = [name for name in names if CONFIG_NAME not in names or name == "config.json" or (there / name).is_dir()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no folder for an adapter: {error}. Choose another one.") from error
+    if Path.cwd().is_relative_to(there):
+        raise ConfigError(
+            f"{there}: is the folder you are in, or one around it, and an adapter is saved as a folder of its own. "
+            "Name a new folder."
+        )
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise ConfigError(
+            f"{there}: holds what is no adapter's ({', '.join(other[:3])}{more}), and saving would remove it. Name a new "
+            "folder, or move those files away."
+        )
 
 
 def read_adapter(path: Path) -> StoredAdapter:
