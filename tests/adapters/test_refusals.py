@@ -13,12 +13,13 @@ from onebase.errors import CapacityError, ConfigError, TargetError
 from tests import tiny
 
 
-def bart() -> Any:
+def bart(name: str = "Bart") -> Any:
     sides = {f"{side}_{what}": 4 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     widths = {"vocab_size": 61, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return transformers.BartForConditionalGeneration(transformers.BartConfig(**sides, **widths)).eval()
+        config = getattr(transformers, f"{name}Config")(**sides, **widths)
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
 
 
 def test_dropout_is_refused_where_none_is_computed_and_a_trained_adapter_opens_all_the_same():
@@ -57,7 +58,7 @@ def test_embeddings_that_share_a_weight_are_not_taken_for_heads():
         Bank(tiny.base_of("t5")).add("a", settings)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "bart", "pegasus"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -67,7 +68,7 @@ def test_embeddings_that_share_a_weight_are_not_taken_for_heads():
     ],
 )
 def test_what_is_trained_on_an_embedding_that_is_never_called_is_refused(name, settings):
-    model = tiny.model_of("t5") if name == "t5" else bart()
+    model = tiny.model_of("t5") if name == "t5" else bart(name.title())
     ends = [end for end in settings.target_modules if any(path.endswith(end) for path, _ in model.named_modules())]
     bank = Bank(Base(model))
     with pytest.raises(TargetError, match=r"shared only lends its weight to .*encoder\.embed_tokens and .*Name those"):

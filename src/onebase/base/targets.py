@@ -131,17 +131,23 @@ def lenders(model: Any) -> dict[str, tuple[str, ...]]:
         if twins := tuple(p for p in inside if embeddings[p].weight is module.weight):
             suspects[path] = twins
     called: set[str] = set()
-    hooks = [embeddings[path].register_forward_pre_hook(lambda *_, path=path: called.add(path)) for path in suspects]
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        for path, module in (embeddings.items() if suspects else ())
+    ]
     try:
         if suspects:
+            inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                inputs.setdefault("decoder_input_ids", inputs["input_ids"])
             with torch.no_grad():
-                model(**{name: value.to(model.device) for name, value in model.dummy_inputs.items()})
+                model(**inputs)
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return {}
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: twins for path, twins in suspects.items() if path not in called}
+    return {path: twins for path, twins in suspects.items() if path not in called and called.intersection(twins)}
 
 
 def preset_paths(model: nn.Module, preset: str) -> list[str]:
