@@ -2,35 +2,26 @@
 
     python -m docs.make_coverage
 
-No cell is written by hand. Each is tried on the tiny random models of the tests: two adapters are built and moved from
-where they start, a mixed batch of both and of the bare base runs forward and backward, gradients must reach every
-tensor, every entry and gradient must equal the same adapter alone, and what is read from its files must compute the
-same. What refuses with an error of ours gives its reason; anything else that goes wrong ends this script.
+No cell is written by hand: each is tried on the tiny random models of the tests (coverage_cell.py says how), on all of a
+model's layers of that kind at once and, where that is not simply "yes", on those of each name. What refuses with an
+error of ours gives its reason; anything else that goes wrong ends this script, which takes two to three minutes.
 tests/test_coverage.py holds the page against the code.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests import families, tiny
+from docs.coverage_cell import NO, PART, YES, Bench, Column, Outcome, name_of, tried
+from tests import families
 
 from onebase.adapters.bank import Bank
-from onebase.adapters.matching import Candidate
-from onebase.adapters.part import Part
+from onebase.adapters.matching import LINEAR_KINDS, Candidate, lies_in
 from onebase.adapters.places import NORM
-from onebase.config.targeting import Targeted
-from onebase.errors import ConfigError, TargetError
-from onebase.files.peft_format import read_adapter
-from onebase.train import saving
 
 PAGE = Path(__file__).with_name("coverage.md")
 DEFAULT = "default targets"
-OWNERS: dict[int, str | None] = {0: "one", 1: None, 2: "two", 3: "one"}
-YES, ALONE = "yes", "alone"
 NAMES = {
     "linear": "linear",
     "transposed-linear": "GPT-2's Conv1D",
@@ -50,34 +41,46 @@ ORDER = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one cell on one model: it works, works but shares no batch, or why not."""
-
-    word: str
-    why: str = ""
+Table = dict[str, dict[str, Outcome]]
 
 
-def columns_of(bank: Bank) -> dict[str, list[dict[str, Any]]]:
-    """Return, for each kind of layer that the model has, the settings that put an adapter on one; the first that do count."""
+def columns_of(bank: Bank) -> dict[str, list[Column]]:
+    """Return, for each kind of layer that the model has, the settings that put an adapter on all of them; the first that do count."""
     places = bank.places
-    found: dict[str, list[dict[str, Any]]] = {DEFAULT: [{}]}
-    for candidate in sorted(places.owners, key=lambda c: c.kind.startswith("embedding") and -_size(bank, c.path)):
-        if candidate.path in places.lenders:  # it is never called
-            continue
-        label = label_of(bank, candidate)
-        found.setdefault(label, [{"target_modules": [candidate.path]}])
-        if candidate.kind == "experts" and len(found[label]) == 1:
-            name = next(name for name, p in places.module(candidate.path).named_parameters() if p.ndim == 3)
-            parameter = {"target_modules": "attention", "target_parameters": [f"{candidate.path}.{name}"]}
-            found[label].insert(0, parameter)
+    kinds: dict[str, list[Candidate]] = {}
+    for candidate in places.owners:
+        kinds.setdefault(label_of(bank, candidate), []).append(candidate)
+    found = {
+        label: [Column({}, "target_modules", by_name(c.path for c in of_kind))] for label, of_kind in kinds.items()
+    }
+    if "experts" in found:
+        stacked = [f"{c.path}.{name}" for c in kinds["experts"] for name in _stacked(places.module(c.path))]
+        found["experts"].insert(0, Column({"target_modules": "attention"}, "target_parameters", by_name(stacked)))
+    found[DEFAULT] = [Column({})]
     if places.embedding_path is not None:
-        found["token rows"] = [{"trainable_token_indices": [3, 5]}]
-    ends = [[c.path for c in places.owners if c.kind == kind] for kind in ("linear", NORM)]
-    found["whole module"] = [
-        {"modules_to_save": [saved[-1]], "target_modules": [adapted[0]]} for saved in ends for adapted in ends
-    ]
+        found["token rows"] = [Column({"trainable_token_indices": families.token_ids(bank)})]
+    ends = [next(c.path for c in places.owners if c.kind in which) for which in (LINEAR_KINDS, {NORM})]
+    found["whole module"] = [_beside(places.owners, end) for end in ends]
     return {label: found[label] for label in (*(label for label in ORDER if label in found), *found)}
+
+
+def _beside(owners: Sequence[Candidate], target: str) -> Column:
+    """Return the settings that train every module whole that stands in no other, beside an adapter on one of them."""
+    paths = [c.path for c in owners if c.path != target and not lies_in(target, c.path)]
+    paths = [path for path in paths if not any(path != outer and lies_in(path, outer) for outer in paths)]
+    return Column({"target_modules": [target]}, "modules_to_save", by_name(paths))
+
+
+def by_name(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return paths by what they are called in every layer."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(name_of(path), []).append(path)
+    return found
+
+
+def _stacked(module: Any) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.ndim == 3]
 
 
 def label_of(bank: Bank, candidate: Candidate) -> str:
@@ -93,123 +96,23 @@ def label_of(bank: Bank, candidate: Candidate) -> str:
     return NAMES.get(candidate.kind, "bare parameters")
 
 
-def _size(bank: Bank, path: str) -> int:
-    return sum(p.numel() for p in bank.places.module(path).parameters(recurse=False))
+def outcomes(name: str, variants: Mapping[str, tuple[type[Any], dict[str, Any]]]) -> Table:
+    """Return variant -> column -> what comes of it on a model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(name, Path(scratch) / "adapter")
+        return {
+            label: {
+                column: _one(bench, label, column, variant, named) for column, named in columns_of(bench.bank).items()
+            }
+            for label, variant in variants.items()
+        }
 
 
-def tried(bank: Bank, kind: type[Any], settings: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> Outcome:
-    """Return what comes of a method on one column: of the first settings that it takes; others may only be beyond it."""
-    if any(columns) and not issubclass(kind, Targeted):
-        return Outcome("no", "it stands before the sequence, on no layer")
-    known = [column for column in columns if set(column) <= set(kind.model_fields)]
-    if not known:
-        return Outcome("no", f"it has no {next(name for name in columns[0] if name not in kind.model_fields)}")
-    found = [tried_one(bank, kind, settings, column) for column in known]
-    best = next((outcome for outcome in found if outcome.word != "no"), found[0])
-    for other in found:
-        beyond = re.search(r"^it goes on |is trained whole, so .* cannot be a target too$", other.why)
-        assert other == best or (other.word == "no" and (beyond or best.word == "no")), f"{best}, but {other}"
-    return best
-
-
-def tried_one(bank: Bank, kind: type[Any], settings: Mapping[str, Any], column: Mapping[str, Any]) -> Outcome:
-    """Return what comes of one adapter's settings on a model."""
+def _one(bench: Bench, label: str, column: str, variant: tuple[type[Any], Any], named: Sequence[Column]) -> Outcome:
     try:
-        chosen = kind(**{**settings, **column})
-        for seed, name in enumerate(("one", "two")):
-            adapter = bank.add(name, chosen, seed=seed)
-            families.perturb_(tiny.as_dtype_(adapter, bank.base.dtype), seed)
-            check_place(bank, adapter.parts, column)
-        word, why = YES, ""
-        mixed: dict[int, Any] = {}
-        gradients: dict[str, dict[str, Any]] = {}
-        try:
-            mixed, gradients = results(bank, OWNERS)
-        except ConfigError as error:
-            word, why = ALONE, short(str(error), bank)
-        for name in ("one", "two"):
-            check(bank, name, mixed, gradients)
-        check_saved(bank)
-        return Outcome(word, why)
-    except (ConfigError, TargetError) as error:
-        return Outcome("no", short(str(error), bank))
-    finally:
-        for name in bank.adapters:
-            bank.remove(name)
-
-
-def check_place(bank: Bank, parts: Sequence[Part], column: Mapping[str, Any]) -> None:
-    """See that an adapter has a part where the column's settings put one: no setting is silently left out."""
-    modules = [name.rpartition(".")[0] for name in column.get("target_parameters", ())]
-    paths = [*(modules or column.get("target_modules", ())), *column.get("modules_to_save", ())]
-    if "trainable_token_indices" in column:
-        paths.append(bank.places.embedding_path)
-    for path in paths:
-        assert any(f"{part.path}.".startswith(f"{path}.") for part in parts), f"nothing was put on {path}"
-
-
-def results(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, Any], dict[str, dict[str, Any]]]:
-    """Return every entry's numbers, and the gradients of every adapter."""
-    tiny.clear_gradients(bank)
-    numbers, loss = families.run(bank, owners)
-    if not loss.requires_grad:
-        raise TargetError("the model never calls it, so that training finds no gradient and stops")
-    families.backward(loss)
-    return numbers, {name: tiny.gradients(bank, name) for name in bank.adapters}
-
-
-def check(bank: Bank, name: str, mixed: Mapping[int, Any], gradients: Mapping[str, Mapping[str, Any]]) -> None:
-    """Hold an adapter alone against its part of the mixed batch, and see that gradients reach it."""
-    alone, own = results(bank, {i: owner for i, owner in OWNERS.items() if owner == name})
-    learned = {key for key, gradient in own[name].items() if gradient.abs().max() > 0}
-    assert learned, f"no gradient reaches {name}"
-    assert all(gradient.isfinite().all() for gradient in own[name].values())
-    for i in alone if mixed else ():
-        families.check_same(f"entry {i}", mixed[i], alone[i], bank)
-    for key in own[name] if mixed else ():
-        families.check_same(key, gradients[name][key], own[name][key], bank)
-
-
-def check_saved(bank: Bank) -> None:
-    """See that an adapter that is read from the files it was written to computes the same."""
-    with TemporaryDirectory() as folder:
-        saving.write(Path(folder) / "adapter", bank.base, bank.adapters["one"], task="chat")
-        stored = read_adapter(Path(folder))
-    again = bank.add("again", stored.settings, tensors=stored.tensors)
-    tiny.as_dtype_(again, bank.base.dtype).load_state_(stored.tensors)  # in as many digits
-    own, read = (families.run(bank, {0: name})[0][0] for name in ("one", "again"))
-    families.check_same("the saved adapter", read, own, bank)
-
-
-def short(text: str, bank: Bank) -> str:
-    """Return an error's reasons without the model's name, its paths and what to do about it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    reasons = []
-    for line in lines[1:] if re.match(r"\d+ problems? in", lines[0]) else lines[:1]:
-        line = line.replace(f"{bank.base.name}: ", "")
-        line = re.sub(r"^(adapter\.)?(target_modules|method): |^\w+(\.\w+)+: ", "", line).removeprefix("adapter.")
-        line = re.split(r", got |, not on |(?<!\d)\. |; |: it has", line)[0]
-        line = re.sub(r"^'.*' matches none of \d+ (.*)", r"it goes on \1", line)
-        line = re.sub(r"^[\w ]{2,20} goes on (.*?)( in this version)?$", r"it goes on \1", line)
-        line = re.sub(r"tiny-[\w-]+( \(\w+\))?", "the model", line)
-        line = re.sub(r"'?\b\w+(\.\w+)+\b'?", "the module", line)
-        reasons.append(re.sub(rf"\ba {type(bank.base.model).__name__}\b", "it", line).rstrip(".:"))
-    return " and ".join(dict.fromkeys(reasons))
-
-
-def outcomes(names: tuple[str, ...]) -> dict[str, dict[str, dict[str, Outcome]]]:
-    """Return variant -> column -> model -> outcome for the models of a family."""
-    table: dict[str, dict[str, dict[str, Outcome]]] = {label: {} for label in families.variants()}
-    for name in names:
-        bank = families.bank_on(name)
-        for column, named in columns_of(bank).items():
-            for label, (kind, settings) in families.variants().items():
-                try:
-                    outcome = tried(bank, kind, settings, named)
-                except Exception as error:
-                    raise RuntimeError(f"{label} on {column} of {name}: {error}") from error
-                table[label].setdefault(column, {})[name] = outcome
-    return table
+        return tried(bench, *variant, named)
+    except Exception as error:
+        raise RuntimeError(f"{label} on {column} of {bench.name}: {error}") from error
 
 
 class Notes:
@@ -240,44 +143,67 @@ def cell(found: Mapping[str, Outcome], notes: Notes) -> str:
 
 def _said(word: str, reasons: set[str], notes: Notes) -> str:
     marks = "".join(sorted({notes.mark(why) for why in sorted(reasons) if why}))
-    return f"{'-' if word == 'no' else word}{' ' + marks if marks else ''}"
+    return f"{'-' if word == NO else word}{' ' + marks if marks else ''}"
 
 
-def sections(notes: Notes) -> Iterator[str]:
-    """Yield a heading and a table for each family."""
-    for family, names in families.FAMILIES.items():
-        table = outcomes(names)
-        seen = dict.fromkeys(column for row in table.values() for column in row)
-        columns = [label for label in (*ORDER, *seen) if seen.pop(label, 0) is None]
-        lines = [["method", *columns], ["---"] * (1 + len(columns))]
-        lines += [
-            [f"`{label}`", *(cell(row.get(column, {}), notes) for column in columns)] for label, row in table.items()
-        ]
-        written = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        yield f"## {family[0].upper()}{family[1:]}\n\nTried on {', '.join(names)}.\n\n{written}"
+def merging_of(rows: Mapping[str, Mapping[str, Outcome]]) -> dict[str, Outcome]:
+    """Return whether what works of a method on each model merges into a plain one."""
+    found = {}
+    for name, row in rows.items():
+        reasons = {outcome.merged for outcome in row.values()} - {""}
+        why = " and ".join(sorted(reasons - {YES}))
+        if reasons:
+            found[name] = Outcome(NO if YES not in reasons else PART if why else YES, why)
+    return found
 
 
-def page() -> str:
-    """Return the page as the code says now."""
-    notes = Notes()
-    tables = "\n\n".join(sections(notes))
+def section(family: str, notes: Notes) -> str:
+    """Return a heading and the table of a family."""
+    names = families.FAMILIES[family]
+    tables = {name: outcomes(name, families.variants()) for name in names}
+    seen = dict.fromkeys(column for table in tables.values() for row in table.values() for column in row)
+    columns = [label for label in (*ORDER, *seen) if seen.pop(label, 0) is None]
+    lines = [["method", *columns, "merged"], ["---"] * (2 + len(columns))]
+    for label in families.variants():
+        rows = {name: table[label] for name, table in tables.items()}
+        cells = [{name: row[column] for name, row in rows.items() if column in row} for column in columns]
+        cells.append(merging_of(rows))
+        lines.append([f"`{label}`", *(cell(found, notes) for found in cells)])
+    written = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"## {family[0].upper()}{family[1:]}\n\nTried on {', '.join(names)}.\n\n{written}"
+
+
+def page(tables: Iterable[str], notes: Notes) -> str:
+    """Return the page: what it means, the tables, the reasons."""
+    written = "\n\n".join(tables)
     reasons = "\n".join(f"- [{number}] {text}." for number, text in enumerate(notes.texts, 1))
+    same: dict[str, list[str]] = {}
+    for label, (row, _, _) in families.SAME.items():
+        same.setdefault(row, []).append(f"`{label}`")
+    no_rows = "\n".join(f"- as `{row}`: {', '.join(labels)}." for row, labels in same.items())
     return f"""# What works on what
 
-Every cell was tried on tiny random models, by `python -m docs.make_coverage`: adapters are built, a batch mixed of
-two of them and of the bare base runs forward and backward, every row and gradient is held against the same adapter
-alone, and the adapter that is read from its files against the one that was written.
+Every cell was tried on tiny random models, by `python -m docs.make_coverage`: adapters are built on all layers of the
+kind, a batch mixed of two of them and of the bare base runs forward and backward, and every row and gradient is held
+against the same adapter alone; gradients must reach every part. The adapter is saved to a folder, read back and
+compared; where its method can be merged, so is a plain model with the merged weights.
 
 - **yes**: it works, also in one batch with any other adapter.
 - **alone**: it works, but shares no batch: the route names one adapter.
+- **part**: it works on some of the layers of this kind; the reason says what it is with the others.
 - **-**: refused, with an error that says why; the number is the reason, below.
 - empty: no model of the family has such a layer.
 
 *Default targets* are what the method chooses where `target_modules` is not given. A *head* is the output head;
-*other embedding* is one of positions or types; *bare parameters* are a module's own that is none of the other kinds; *token rows* are `trainable_token_indices`; *whole module* is
-`modules_to_save`.
+*other embedding* is one of positions or types; *bare parameters* are a module's own that is none of the other kinds;
+*token rows* are `trainable_token_indices`; *whole module* is `modules_to_save`, of every module at once. *Merged* says
+whether what works merges into a plain model: **part** where some of it does.
 
-{tables}
+What changes first values, rates or scales alone has no row of its own, because it is the same in every cell:
+
+{no_rows}
+
+{written}
 
 ## Reasons
 
@@ -287,7 +213,9 @@ alone, and the adapter that is read from its files against the one that was writ
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
+    notes = Notes()
+    tables = [section(family, notes) for family in families.FAMILIES]
+    PAGE.write_text(page(tables, notes), encoding="utf-8")
 
 
 if __name__ == "__main__":

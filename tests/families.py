@@ -51,12 +51,13 @@ LENGTHS = tuple(5 + 7 * number % 19 for number in range(40))
 
 VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "lora": (Lora, {"r": 4}),
-    "lora+rslora": (Lora, {"r": 4, "use_rslora": True}),
     "lora+dora": (Lora, {"r": 4, "use_dora": True}),
     "lora+pissa": (Lora, {"r": 4, "init_lora_weights": "pissa"}),
     "lora+olora": (Lora, {"r": 4, "init_lora_weights": "olora"}),
     "lora+orthogonal": (Lora, {"r": 4, "init_lora_weights": "orthogonal"}),
     "lora+bias": (Lora, {"r": 4, "bias": "all"}),
+    "lora+lora-only-bias": (Lora, {"r": 4, "bias": "lora_only"}),
+    "lora+tying": (Lora, {"r": 4, "ensure_weight_tying": True}),
     "ia3": (Ia3, {}),
     "bitfit": (BitFit, {}),
     "ln-tuning": (LnTuning, {}),
@@ -68,6 +69,19 @@ VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "full": (Full, {}),
 }
 """Every method in its kinds: the settings class and what of it is set."""
+SAME: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
+    "lora+rslora": ("lora", Lora, {"r": 4, "use_rslora": True}),
+    "lora+gaussian": ("lora", Lora, {"r": 4, "init_lora_weights": "gaussian"}),
+    "lora+loraplus": ("lora", Lora, {"r": 4, "loraplus_lr_ratio": 16}),
+    "lora+pissa_niter_4": ("lora+pissa", Lora, {"r": 4, "init_lora_weights": "pissa_niter_4"}),
+    "prompt-tuning+random": ("prompt-tuning", PromptTuning, {"num_virtual_tokens": 3, "prompt_tuning_init": "RANDOM"}),
+    "prompt-tuning+text": (
+        "prompt-tuning",
+        PromptTuning,
+        {"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a text"},
+    ),
+}
+"""Kinds that differ from another one in first values, rates or scales alone: that one's label, and as above."""
 
 
 def variants() -> dict[str, tuple[type[Any], dict[str, Any]]]:
@@ -113,6 +127,20 @@ def run(bank: Bank, owners: Mapping[int, str | None]) -> tuple[dict[int, torch.T
     if bank.base.head is None:
         loss = sum((_distance(found[i], i) for i in owners), torch.zeros(()))
     return {i: piece.detach() for i, piece in found.items()}, loss
+
+
+@torch.no_grad()
+def entries(bank: Bank, owners: Mapping[int, str | None]) -> dict[int, torch.Tensor]:
+    """Return what each entry of a batch comes to, without a gradient."""
+    return run(bank, owners)[0]
+
+
+def token_ids(bank: Bank) -> list[int]:
+    """Return tokens that entries 0 and 2 hold, of a model that reads tokens."""
+    if bank.base.layout_kind != "native":
+        return [int(tiny.examples_of(*LENGTHS)[i].token_ids[1]) for i in (0, 2)]
+    held = tiny.native_inputs(name_of(bank), len(LENGTHS))
+    return [int(held[key][i, 1]) for key in ("input_ids", "decoder_input_ids") for i in (0, 2)]
 
 
 def backward(loss: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from onebase.errors import ConfigError, TargetError
 from tests import families, tiny
 
 # What a model cannot have, or not in a mixed batch, by name: docs/coverage.md says why.
-NO_BIAS = {"bitfit", "lora+bias"}
+NO_BIAS = {"bitfit", "lora+bias", "lora+lora-only-bias"}
 NO_PREFIX = {"prefix-tuning", "prefix-tuning+projection"}
 NO_VIRTUAL = NO_PREFIX | {"prompt-tuning"}
 MISSING: dict[str, set[str]] = {
