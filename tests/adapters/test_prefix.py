@@ -214,25 +214,6 @@ def test_a_shared_root_equals_virtual_tokens_repeated_and_many_micro_batches_equ
     assert_same(results(bank, [repeated], shared.label_count), expected)
 
 
-@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projected"])
-def test_two_checkpointed_forwards_before_their_backwards_equal_plain_ones(projection):
-    bank = bank_of("llama", "lora", projection=projection)
-    batches = [
-        tiny.together(batch_of(bank, "one", tiny.examples_of(9, 17)), batch_of(bank, "lora", tiny.examples_of(6))),
-        tiny.together(batch_of(bank, "two", tiny.examples_of(7, seed=4)), batch_of(bank, "one", tiny.examples_of(5))),
-    ]
-    found = []
-    for recompute in (False, True):
-        tiny.clear_gradients(bank)
-        with bank.base.activation_checkpointing(recompute):
-            for loss in [forward_loss(bank, batch, 0.1)[0] for batch in batches]:
-                loss.backward()
-        found.append({owner: tiny.gradients(bank, owner) for owner in ("one", "two", "lora")})
-    for owner, grads in found[0].items():
-        for key, gradient in grads.items():
-            assert torch.equal(gradient, found[1][owner][key])
-
-
 def test_the_rows_where_virtual_tokens_stand_reach_nobody():
     bank = bank_of()
     batch = batch_of(bank, "one", tiny.examples_of(9, 4))

@@ -171,24 +171,6 @@ def test_many_micro_batches_equal_one_and_count_virtual_tokens(name):
     assert [n for b in many for n in b.examples] == list(range(5))
 
 
-def test_two_checkpointed_forwards_before_their_backwards_equal_plain_ones():
-    bank = bank_of("llama", "lora")
-    batches = [
-        tiny.together(batch_of(bank, "one", tiny.examples_of(9, 17)), batch_of(bank, "lora", tiny.examples_of(6))),
-        tiny.together(batch_of(bank, "two", tiny.examples_of(7, seed=4)), batch_of(bank, "one", tiny.examples_of(5))),
-    ]
-    found = []
-    for recompute in (False, True):
-        tiny.clear_gradients(bank)
-        with bank.base.activation_checkpointing(recompute):
-            for loss in [forward_loss(bank, batch, 0.1)[0] for batch in batches]:
-                loss.backward()
-        found.append({owner: tiny.gradients(bank, owner) for owner in ("one", "two", "lora")})
-    for owner, grads in found[0].items():
-        for key, gradient in grads.items():
-            assert torch.equal(gradient, found[1][owner][key])
-
-
 def test_virtual_tokens_carry_no_label_and_predict_none():
     bank = bank_of()
     for shared in (True, False):

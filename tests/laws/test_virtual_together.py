@@ -61,3 +61,18 @@ def test_a_nan_in_one_members_virtual_tokens_leaves_the_others_byte_identical(si
             continue
         assert torch.equal(before, own)
         assert all(torch.equal(gradient, found[label][key]) for key, gradient in gradients[label].items())
+
+
+def test_two_checkpointed_forwards_before_their_backwards_equal_plain_ones():
+    bank, (prompt, prefix, lora, projected) = bank_and_batches("llama", torch.float32)
+    found = []
+    for recompute in (False, True):
+        tiny.clear_gradients(bank)
+        with bank.base.activation_checkpointing(recompute):
+            mixed = [tiny.together(prompt, lora, projected), tiny.together(prefix, prompt)]
+            for loss in [forward_loss(bank, batch, 0.1)[0] for batch in mixed]:
+                loss.backward()
+        found.append({label: tiny.gradients(bank, label) for label in bank.adapters})
+    for label, gradients in found[0].items():
+        assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+        assert all(torch.equal(gradient, found[1][label][key]) for key, gradient in gradients.items()), label
