@@ -86,8 +86,7 @@ class Bank:
         Raises:
             FileFormatError: it is damaged, or was trained on another base.
         """
-        stored = opening.with_present_paths(self.base, read_adapter(Path(folder)))
-        opening.check_base(self.base, stored, allow_base_mismatch=allow_base_mismatch)
+        stored = opening.fitted(self.routed, read_adapter(Path(folder)), allow_base_mismatch=allow_base_mismatch)
         record = stored.record
         seed = 0 if record is None else record.seed or 0
         adapter = self.routed.add(name, stored.settings, seed=seed, tensors=stored.tensors)

@@ -23,8 +23,8 @@ from onebase.files.method_format import (
     is_flag,
     is_layers,
     is_list_of_names,
-    is_names,
     is_patterns,
+    is_regular,
     or_null,
     targeted_fields,
     targeted_values,
@@ -63,12 +63,16 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(is_int(one) and one >= 0 for one in value)
 
 
+def _is_block_lists(value: Any) -> bool:
+    return all(is_regular(one) for one in (value if isinstance(value, list) else [value]))
+
+
 _RULES: Rules = {
     **TARGETED,
     "alpha_pattern": (or_null(is_patterns(is_number)), "an object of pattern: number"),
     "bias": (or_null(lambda value: value in _BIASES), "'none', 'all' or 'lora_only'"),
     "ensure_weight_tying": (or_null(is_flag), "true or false"),
-    "layers_pattern": (or_null(is_names), "a name, a list of names or null"),
+    "layers_pattern": (or_null(_is_block_lists), "a name, a list of names or null, each a regular expression"),
     "layers_to_transform": (or_null(is_layers), "a layer's number, a list of them or null"),
     "lora_alpha": (is_number, "a number"),
     "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),

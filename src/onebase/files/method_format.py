@@ -79,11 +79,6 @@ class Format:
         return found["module"] if found else None
 
 
-def is_names(value: Any) -> bool:
-    """Return whether a value is a name, a regular expression or a list of names."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
-
-
 def is_layers(value: Any) -> bool:
     """Return whether a value is a layer's number or a list of them."""
     return is_int(value) or (isinstance(value, list) and all(is_int(one) for one in value))
@@ -119,13 +114,18 @@ def or_null(fits: Fits) -> Fits:
 
 def is_list_of_names(value: Any) -> bool:
     """Return whether a value is a list of names."""
-    return isinstance(value, list) and is_names(value)
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def is_choice(value: Any) -> bool:
+    """Return whether a value is a list of names or a regular expression."""
+    return is_list_of_names(value) or is_regular(value)
 
 
 TARGETED: Rules = {
-    "exclude_modules": (or_null(is_names), "a list of names, a regular expression or null"),
+    "exclude_modules": (or_null(is_choice), "a list of names, a regular expression or null"),
     "modules_to_save": (or_null(is_list_of_names), "a list of names or null"),
-    "target_modules": (or_null(is_names), "a list of names or a regular expression"),
+    "target_modules": (or_null(is_choice), "a list of names or a regular expression"),
 }
 """The fields of every method that acts on modules."""
 

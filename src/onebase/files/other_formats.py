@@ -19,10 +19,10 @@ from onebase.files.method_format import (
     Placement,
     Rules,
     chosen_modules,
+    is_choice,
     is_count,
     is_flag,
     is_list_of_names,
-    is_regular,
     or_null,
     targeted_fields,
     targeted_values,
@@ -61,10 +61,7 @@ IA3 = Format(
     settings=Ia3,
     rules={
         **TARGETED,
-        "feedforward_modules": (
-            lambda value: is_list_of_names(value) or is_regular(value),
-            "a list of names or a regular expression",
-        ),
+        "feedforward_modules": (is_choice, "a list of names or a regular expression"),
         "init_ia3_weights": (is_flag, "true or false"),
     },
     write=_write_ia3,

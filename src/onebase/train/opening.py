@@ -18,6 +18,7 @@ from onebase.base.model import Base, load
 from onebase.config.methods import AdapterSettings, Lora
 from onebase.errors import FileFormatError, ModelError
 from onebase.files.peft_format import StoredAdapter, read_adapter
+from onebase.train.completeness import check_complete
 
 ADAPTER = "adapter"
 
@@ -68,11 +69,22 @@ def put_on(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool = Fal
     Raises:
         FileFormatError: it was trained on another base, unless `allow_base_mismatch`; or its tensors do not fit.
     """
-    stored = with_present_paths(base, stored)
-    check_base(base, stored, allow_base_mismatch=allow_base_mismatch)
     bank = Bank(base)
+    stored = fitted(bank, stored, allow_base_mismatch=allow_base_mismatch)
     seed = None if stored.record is None else stored.record.seed
     return bank, bank.add(ADAPTER, stored.settings, seed=seed or 0, tensors=stored.tensors)
+
+
+def fitted(bank: Bank, stored: StoredAdapter, *, allow_base_mismatch: bool) -> StoredAdapter:
+    """Return a stored adapter as a bank's base names its modules, with everything checked that its files say of the base.
+
+    Raises:
+        FileFormatError: it was trained on another base, unless `allow_base_mismatch`; or it lacks tensors.
+    """
+    stored = with_present_paths(bank.base, stored)
+    check_base(bank.base, stored, allow_base_mismatch=allow_base_mismatch)
+    check_complete(bank.places, stored)
+    return stored
 
 
 def with_present_paths(base: Base, stored: StoredAdapter) -> StoredAdapter:

@@ -40,7 +40,7 @@ from onebase.train.capacity import fit_budget
 from onebase.train.data import TrainingData, load_data
 from onebase.train.loop import Loop, restore_best_
 from onebase.train.member import Member
-from onebase.train.opening import ADAPTER, check_base, with_present_paths
+from onebase.train.opening import ADAPTER, fitted
 from onebase.train.progress import Plan, Progress, Quiet
 from onebase.train.saving import save_run_adapter
 from onebase.train.schedule import never_due
@@ -166,8 +166,7 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
                     f"adapter.init_from: the weights in {source} were trained with non_linearity {theirs}, these settings "
                     f"have {own}. Set adapter.non_linearity: {theirs}"
                 )
-        stored = with_present_paths(bank.base, stored)
-        check_base(bank.base, stored, allow_base_mismatch=True)
+        stored = fitted(bank, stored, allow_base_mismatch=True)
         tensors = stored.tensors
     adapter = bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
     if source is not None and isinstance(stored.settings, Lora):
