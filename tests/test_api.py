@@ -321,3 +321,12 @@ def test_what_is_no_settings_is_refused_with_what_there_is(base, settings):
 def test_a_seed_is_a_whole_number(base, seed):
     with pytest.raises(ConfigError, match="the seed must be a whole number"):
         ob.Bank(base).add("a", ob.Lora(), seed=seed)
+
+
+@pytest.mark.parametrize("path", [5, None, b"folder", "x" * 300, "nul\0"])
+def test_what_is_no_path_is_refused(base, path):
+    bank = ob.Bank(base)
+    bank.add("one", ob.Lora(r=2))
+    for refused in (lambda: bank.load("other", path), lambda: bank.save("one", path), lambda: ob.load(path)):
+        with pytest.raises(ConfigError, match=r"a path must be text or a pathlib\.Path|cannot be a path here"):
+            refused()

@@ -31,6 +31,7 @@ from onebase.config.methods import (
     PrefixTuning,
     PromptTuning,
 )
+from onebase.config.paths import checked_path
 from onebase.config.settings import DataSettings, TrainSettings
 from onebase.errors import ConfigError
 from onebase.files.peft_format import read_adapter
@@ -84,9 +85,12 @@ class Bank:
         """Put the adapter in a folder (ours or PEFT's) on the base; its rows are read as they were in training.
 
         Raises:
+            ConfigError: the name is taken, or `folder` is no path.
             FileFormatError: it is damaged, or was trained on another base.
         """
-        stored = opening.fitted(self.routed, read_adapter(Path(folder)), allow_base_mismatch=allow_base_mismatch)
+        stored = opening.fitted(
+            self.routed, read_adapter(checked_path(folder)), allow_base_mismatch=allow_base_mismatch
+        )
         record = stored.record
         seed = 0 if record is None else record.seed or 0
         adapter = self.routed.add(name, stored.settings, seed=seed, tensors=stored.tensors)
@@ -103,14 +107,15 @@ class Bank:
         """
         if name not in self.adapters:
             raise ConfigError(f"no adapter {name!r} in the bank; it has {', '.join(self.adapters) or 'none'}.")
+        path = checked_path(folder)
         settings, task = self.reading_of(name)
 
         def fill(new: Path) -> None:
             saving.save_tokenizer(self.base, new, settings.template)
 
         reading = saving.reading_of(settings)
-        saving.write(Path(folder), self.base, self.adapters[name], task=task, reading=reading, fill=fill)
-        return Path(folder)
+        saving.write(path, self.base, self.adapters[name], task=task, reading=reading, fill=fill)
+        return path
 
     def remove(self, name: str) -> None:
         """Take an adapter off the base."""

@@ -55,6 +55,32 @@ def test_an_error_that_nobody_expected_is_called_a_bug_in_one_line():
     assert "bug" in result.stderr and "--debug" in result.stderr
 
 
+TOO_LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "run.yaml", "--out", TOO_LONG],
+        ["train", "run.yaml", "--out", TOO_LONG, "--resume"],
+        ["train", "run.yaml", "--out", "out", "--set", f"model={TOO_LONG}"],
+        ["eval", TOO_LONG, "--data", "rows.jsonl"],
+        ["chat", TOO_LONG],
+        ["predict", TOO_LONG, "--data", "rows.jsonl"],
+        ["targets", TOO_LONG],
+        ["runs", TOO_LONG],
+    ],
+    ids=lambda arguments: " ".join(arguments).replace(TOO_LONG, "LONG"),
+)
+def test_a_path_that_no_file_system_holds_is_wrong_use(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: smollm2-135m-instruct\ndata: {train: rows.jsonl}\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "ConfigError: " in result.stderr and "File name too long" in result.stderr
+
+
 def test_the_system_refusing_something_is_no_bug():
     result = _run(PermissionError(errno.EACCES, "Permission denied", "/x"))
     assert result.exit_code == 1

@@ -35,6 +35,7 @@ from onebase.base.place import (
     unloaded_weights,
     weight_count,
 )
+from onebase.config.paths import checked_path
 from onebase.errors import (
     ConfigError,
     FileFormatError,
@@ -71,10 +72,11 @@ def locate(
         say: takes a line for each thing that takes long.
 
     Raises:
+        ConfigError: the name can be none.
         ModelError: there is no such model; the message says what was looked for and where.
         FileFormatError: it is there, but damaged.
     """
-    path = Path(name).expanduser()
+    path = checked_path(name).expanduser()
     local = name in PACKAGES or looks_like_path(name) or path.is_dir()
     if local and revision is not None:
         raise ConfigError(f"revision: only models of the hub have one; '{name}' is on this machine, got '{revision}'.")

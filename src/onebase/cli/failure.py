@@ -4,6 +4,7 @@
 after a closed terminal.
 """
 
+import errno
 import functools
 import os
 import signal
@@ -16,6 +17,7 @@ import typer
 from rich.text import Text
 
 from onebase.cli import terminal
+from onebase.config.paths import no_path
 from onebase.errors import OnebaseError
 
 P = ParamSpec("P")
@@ -50,22 +52,26 @@ def reported(verb: Callable[P, None]) -> Callable[P, None]:
             _explain(error, "Interrupted", "")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:  # noqa: BLE001 (whatever it is, the user gets a line and an exit code)
-            _explain(error, *_unexpected(error))
-            raise typer.Exit(1) from None
+            name, message, exit_code = _unexpected(error)
+            _explain(error, name, message)
+            raise typer.Exit(exit_code) from None
 
     return run
 
 
-def _unexpected(error: Exception) -> tuple[str, str]:
-    """Return the name and the words for an error that is none of ours."""
+def _unexpected(error: Exception) -> tuple[str, str, int]:
+    """Return the name, the words and the exit code for an error that is none of ours."""
     lines = str(error).strip().splitlines() or ["no message"]
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in lines[0]:
-        return "CapacityError", f"memory ran out ({lines[0]}). Free some, or choose a smaller model or batch."
+        return "CapacityError", f"memory ran out ({lines[0]}). Free some, or choose a smaller model or batch.", 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whatever the verb did, the user named it
+        refusal = no_path(str(error.filename), error)
+        return type(refusal).__name__, str(refusal), refusal.exit_code
     if isinstance(error, OSError):
-        return name, f"{error}. Check the path and the disk; --debug shows where it happened."
+        return name, f"{error}. Check the path and the disk; --debug shows where it happened.", 1
     hint = f"run the command again with --debug (or {DEBUG_VARIABLE}=1) for the traceback to report."
-    return name, f"{lines[0][:300]} -- this is a bug in onebase: {hint}"
+    return name, f"{lines[0][:300]} -- this is a bug in onebase: {hint}", 1
 
 
 def _explain(error: BaseException, name: str, message: str) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from onebase.config.paths import checked_path
 from onebase.data.rows import BadRow, Fault, Row, weigh
 from onebase.data.shapes import OPTIONAL_ROLES, apply_columns, check_columns
 from onebase.errors import DataError
@@ -92,7 +93,7 @@ def _weighed(part: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _read_path(path: Path) -> Iterator[Row]:
-    if not path.exists():
+    if not checked_path(path).exists():
         raise DataError(f"{shown(path)}: no such file or folder. A hub data set is written hub:org/name:split.")
     if path.is_dir():
         for file in _files_of(path):
