@@ -128,9 +128,10 @@ def placed(targets=TARGETS, paths=PATHS):
     return Placement(targets, tuple(sorted(paths)))
 
 
-def write(folder, tensors=None, *, settings=None, **changes):
+def write(folder, tensors=None, *, settings=None, fill=None, **changes):
     chosen = settings or Lora(r=4, target_modules=["q_proj", "v_proj"])
-    write_adapter(folder, chosen, tensors or pairs(), placement=placed(), base_path="tiny", record=record(**changes))
+    own = record(**changes)
+    write_adapter(folder, chosen, tensors or pairs(), placement=placed(), base_path="tiny", record=own, fill=fill)
     return folder
 
 
@@ -207,7 +208,14 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-OTHERS = [("thesis.txt", False), ("config.json", False), ("config.json", True), ("checkpoint-5/optimizer.pt", True)]
+OTHERS = [
+    ("thesis.txt", False),
+    ("config.json", False),
+    ("config.json", True),
+    ("checkpoint-5/optimizer.pt", True),
+    ("notes.txt", True),
+    ("training_args.bin", True),
+]
 
 
 @pytest.mark.parametrize(("name", "beside"), OTHERS)
@@ -225,6 +233,19 @@ def test_what_is_no_adapters_is_never_removed_by_saving_one(tmp_path, name, besi
     ):
         write(tmp_path / "link" if link else folder)
     assert contents(folder) == before
+
+
+def test_what_the_adapter_brought_itself_may_be_replaced_or_go(tmp_path):
+    own = {"README.md": "card", "special_tokens_map.json": "{}", "odd_vocabulary.spm": "old"}
+    write(tmp_path / "a", fill=lambda folder: [(folder / name).write_text(text) for name, text in own.items()])
+    write(tmp_path / "a", fill=lambda folder: (folder / "odd_vocabulary.spm").write_text("new"))
+    assert (tmp_path / "a" / "odd_vocabulary.spm").read_text() == "new"
+    assert not (tmp_path / "a" / "README.md").exists()
+    before = contents(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"holds what is no adapter's \(odd_vocabulary\.spm\)"):
+        write(tmp_path / "a")
+    assert contents(tmp_path / "a") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("path", ["", ".", "..", "../.."])

@@ -38,7 +38,6 @@ _REFUSED = {
     errno.EEXIST: "a file of that name is in the way",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "the path has too many symbolic links",
-    errno.ENAMETOOLONG: "the name is too long",
 }
 _ATTEMPTS = 10
 _SWAP_SECONDS = 1.0  # far longer than the two renames of a folder's replacement

@@ -22,6 +22,7 @@ from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.files.atomic import new_folder, read_steadily, recover, write_synced
 from onebase.files.json_file import to_json
 from onebase.files.method_format import Placement
+from onebase.files.model_card import CARD_NAME
 from onebase.files.peft_config import CONFIG_NAME, FORMAT_OF, config_for, read_config, settings_of
 from onebase.files.record import RECORD_NAME, AdapterRecord, read_record
 from onebase.files.tensor_file import read_tensors, write_tensors
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 TENSORS_NAME = "adapter_model.safetensors"
 _BIN_NAME = "adapter_model.bin"
+_ADAPTERS = {
+    CONFIG_NAME, TENSORS_NAME, _BIN_NAME, RECORD_NAME, CARD_NAME, "chat_template.jinja", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+}  # fmt: skip
+"""What an adapter's folder may hold and a new one need not: older versions of its tokenizer wrote other files."""
 _TODO = "Save the adapter again with the tool that made it, or get an undamaged copy."
 _SHOWN = 10
 
@@ -65,7 +72,10 @@ def write_adapter(
     record: AdapterRecord,
     fill: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write an adapter's folder in place of the one that may be there.
+    """Write an adapter's folder in place of the one that may be there, which is refused if it holds anything else.
+
+    Notes, a trainer's state or a file nobody here knows are never removed, and never taken along into a folder that
+    says it was written whole: the caller chooses another folder or moves them away. Nothing is touched till then.
 
     `tensors` have the bank's names (MODULE.lora_A.weight); `placement` names their modules (`target_names`);
     `base_path` is what peft opens as the base; `fill` adds files (tokenizer, model card) before the folder appears.
@@ -74,7 +84,7 @@ def write_adapter(
         FileFormatError: the tensors are no adapter with these settings (a rank that differs, half a pair, a NaN).
         CapacityError, ConfigError: the disk is full, the place cannot be written to, or holds what is no adapter's.
     """
-    _check_replaceable(folder)
+    other = _beside(folder)
     form = FORMAT_OF[type(settings)]
     config = config_for(settings, placement, base_path=base_path, revision=record.base_revision)
     problems = tensor_problems(form, config, tensors)
@@ -87,18 +97,19 @@ def write_adapter(
         write_synced(new / RECORD_NAME, record.to_text())
         if fill is not None:
             fill(new)
+        _check_nothing_lost(folder, [name for name in other if not (new / name).is_file()])
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Raise if a folder holds more than an adapter: a new one takes its place, and all that is in it would be gone.
+def _beside(folder: Path) -> list[str]:
+    """Return what a folder holds beside the files that every adapter's may hold; a new one is to take its place.
 
     Raises:
-        ConfigError: what would be lost, or that the path is none.
+        ConfigError: it holds no adapter, a model or a folder, it is the one we are in, or the path is none.
     """
     try:
         there = Path(os.path.realpath(folder))
         names = sorted(path.name for path in there.iterdir()) if there.is_dir() else []
-        other = [name for name in names if CONFIG_NAME not in names or name == "config.json" or (there / name).is_dir()]
+        large = [name for name in names if CONFIG_NAME not in names or name == "config.json" or (there / name).is_dir()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: no folder for an adapter: {error}. Choose another one.") from error
     if Path.cwd().is_relative_to(there):
@@ -106,6 +117,12 @@ def _check_replaceable(folder: Path) -> None:
             f"{there}: is the folder you are in, or one around it, and an adapter is saved as a folder of its own. "
             "Name a new folder."
         )
+    _check_nothing_lost(there, large)
+    return [name for name in names if name not in _ADAPTERS]
+
+
+def _check_nothing_lost(there: Path, other: list[str]) -> None:
+    """Raise if saving would remove something."""
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise ConfigError(
