@@ -160,9 +160,22 @@ def test_a_start_that_the_layer_cannot_have_is_an_error(layer, init):
         Bare(layer).add(**SETTINGS, init_lora_weights=init)
 
 
-def test_an_odd_rank_cannot_be_orthogonal():
-    with pytest.raises(TargetError, match=r"orthogonal needs an even r, got 3. Set adapter.r: 4"):
-        Bare(nn.Linear(9, 7)).add(r=3, init_lora_weights="orthogonal")
+@pytest.mark.parametrize(("width", "r", "even"), [(9, 3, 4), (16, 15, 16), (16, 17, 16), (9, 9, 8), (16, 33, 16)])
+def test_an_odd_rank_cannot_be_orthogonal_and_the_one_that_is_advised_can(width, r, even):
+    layer = nn.Linear(width, 40)
+    with pytest.raises(TargetError, match=rf"orthogonal needs an even r, got {r}\. Set adapter\.r: {even}\.$"):
+        Bare(layer).add(r=r, init_lora_weights="orthogonal")
+    Bare(layer).add(r=even, init_lora_weights="orthogonal")
+
+
+def test_where_no_rank_is_even_another_start_is_advised():
+    with pytest.raises(TargetError, match=r"orthogonal needs an even r, got 1\. Set it to true\."):
+        Bare(nn.Linear(1, 4)).add(r=1, init_lora_weights="orthogonal")
+
+
+def test_an_odd_rank_by_pattern_is_said_to_be_one():
+    with pytest.raises(TargetError, match=r"got 3\. Set the rank of layer in adapter\.rank_pattern: 4\."):
+        Bare(nn.Linear(9, 7)).add(r=2, rank_pattern={"layer": 3}, init_lora_weights="orthogonal")
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (9, 7), (8, 8)])

@@ -107,6 +107,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"train": {"steps": 5, "warmup_steps": 6}}, "train.warmup_steps: must be at most 'steps', 5, got 6."),
     ({"train": {"learning_rate": 0}}, "train.learning_rate: must be above 0, got 0."),
+    ({"train": {"learning_rate": 1e30}}, "train.learning_rate: must be at most 1000, got 1e+30."),
     ({"train": {"learning_rate": "2e-4"}}, "train.learning_rate: must be a number, got '2e-4'. Remove the quotes."),
     ({"train": {"micro_batch_tokens": 0}}, "train.micro_batch_tokens: must be at least 1, got 0."),
     (

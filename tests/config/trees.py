@@ -30,7 +30,7 @@ _file = st.sampled_from(FILES).map(lambda name: f"./{name}")
 _hub = st.sampled_from(["hub:org/name:train[:10%]", "hub:org/name/config:train"])
 _patterns = WORDS.map(re.escape) | st.sampled_from(["q_proj", r".*\.\d\.mlp\..*"])
 _rank = st.integers(1, 512)
-_alpha = st.integers(1, 512) | _number(0, 512)
+_alpha = st.integers(1, 512) | _number(1e-6, 512)
 _names = st.sampled_from(["all-linear", "q_proj", r".*\.mlp\..*"]) | st.lists(WORDS, min_size=1, max_size=3)
 _part = _some({"path": _file | _hub}, {"weight": _number(0, 9) | st.integers(1, 3)})
 _train = _file | _hub | _part | st.lists(_file | _hub | _part, min_size=1, max_size=3)
@@ -39,7 +39,7 @@ _valid = _file | _hub | st.lists(_file, min_size=1, max_size=2)
 _targeted: dict[str, Any] = {
     "target_modules": _names,
     "exclude_modules": _names,
-    "layers_to_transform": st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
+    "layers_to_transform": st.integers(0, 40) | st.lists(st.integers(0, 40), min_size=1, max_size=3),
     "init_from": st.just("adapter"),
 }
 _virtual: dict[str, Any] = {"num_virtual_tokens": st.integers(1, 99), "init_from": st.just("adapter")}

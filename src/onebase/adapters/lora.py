@@ -101,7 +101,7 @@ def build(places: Places, settings: Lora, seed: int) -> Built:
     check_patterns(patterns, every, places.base.name)
     plans = [plan_of(settings, path, seed) for path in match.paths]
     shapes = [matrix_shape(places.module(path)) for path in match.paths]
-    _check_starts(places, settings, match.paths)
+    _check_starts(places, settings, plans, shapes)
     numbers = sum(plan.r * sum(shape) for plan, shape in zip(plans, shapes, strict=True))
     for path, names in stacked.items():
         weights = {name: places.module(path).get_parameter(name) for name in names}
@@ -211,20 +211,26 @@ def _too_large(plans: Sequence[PairPlan], shapes: Sequence[tuple[int, int]]) -> 
     return tuple(small.values())
 
 
-def _check_starts(places: Places, settings: Lora, paths: Sequence[str]) -> None:
+def _check_starts(places: Places, settings: Lora, plans: Sequence[PairPlan], shapes: Sequence[tuple[int, int]]) -> None:
     """Raise if a layer cannot start as the settings say.
 
     Raises:
-        TargetError: the layers that are no linear ones.
+        TargetError: the layers that are no linear ones, or an odd rank for orthogonal.
     """
     init = settings.init_lora_weights
-    kinds = {path.rpartition(".")[2]: kind for path in paths if (kind := places.kind(path)) not in _LINEAR}
+    kinds = {plan.path.rpartition(".")[2]: kind for plan in plans if (kind := places.kind(plan.path)) not in _LINEAR}
     if init not in start.PLAIN and kinds:
         listed = ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items()))
         raise TargetError(
             f"adapter.init_lora_weights: {init} starts pairs on linear layers, not on {listed}. Set it to true or gaussian, "
             "or leave these out: adapter.exclude_modules."
         )
+    for odd in (plan for plan in plans if init == "orthogonal" and plan.r % 2):
+        room = min(min(shape) for plan, shape in zip(plans, shapes, strict=True) if plan.r == odd.r)
+        even = odd.r + 1 if odd.r < room else room - room % 2
+        where = "adapter.r" if odd.r == settings.r else f"the rank of {odd.path} in adapter.rank_pattern"
+        todo = f"Set {where}: {even}" if even else "Set it to true"
+        raise TargetError(f"adapter.init_lora_weights: orthogonal needs an even r, got {odd.r}. {todo}.")
 
 
 def settings_in_file(settings: Lora) -> Lora:

@@ -17,8 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from onebase.errors import TargetError
-
 PLAIN = (True, False, "gaussian")
 """Starts that need no weight, which every kind of layer can have."""
 
@@ -35,9 +33,7 @@ def first_pair(
 
     Args:
         dense: the layer's weight.
-
-    Raises:
-        TargetError: orthogonal with an odd rank.
+        r: even for orthogonal.
     """
     with torch.no_grad():
         if init == "orthogonal":
@@ -75,8 +71,7 @@ def _iterated(weight: Tensor, r: int, iterations: int, generator: torch.Generato
 
 def _orthogonal(shape: torch.Size, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Source: PEFT, LoraLayer.orthogonal_init; https://datta0.github.io/posts/rethink-lora-init."""
-    if r % 2:
-        raise TargetError(f"adapter.init_lora_weights: orthogonal needs an even r, got {r}. Set adapter.r: {r + 1}.")
+    assert r % 2 == 0, r
     outputs, inputs = shape
     Q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
     A = (torch.randn(inputs, r // 2, generator=generator) @ Q[0::2]).T / 10

@@ -16,7 +16,7 @@ from onebase.config.targeting import PatternsOrNone, Targeted
 from onebase.errors import Problem
 
 Rank = Annotated[int, Field(ge=1, le=2**16)]
-Alpha = Annotated[int | float, Field(gt=0, lt=1_000_000_000)]
+Alpha = Annotated[int | float, Field(ge=1e-6, lt=1_000_000_000)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -82,7 +82,10 @@ class Lora(Targeted):
         description="Where embedding and head share one weight, what is trained of one is trained of the other too.",
     )
     loraplus_lr_ratio: float | None = Field(
-        default=None, gt=0, description="LoRA+: lora_B learns at this multiple of the rate (arXiv:2402.12354)."
+        default=None,
+        gt=0,
+        le=1_000_000,
+        description="LoRA+: lora_B learns at this multiple of the rate (arXiv:2402.12354).",
     )
 
     @classmethod

@@ -135,6 +135,7 @@ class TrainSettings(Section):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
+        le=1000,
         description=f"The highest learning rate. Default: the adapter method's ({_RATES}).",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "step"] = Field(

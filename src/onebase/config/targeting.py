@@ -36,6 +36,12 @@ def _block_lists(value: str | list[str]) -> str | list[str]:
     return value
 
 
+def _some_blocks(value: int | list[int]) -> int | list[int]:
+    if value == []:
+        raise ValueError("must name at least one layer, got []. Remove it to adapt all.")
+    return value
+
+
 PRESETS = ("all-linear", "attention", "mlp")
 """What `target_modules` may say instead of names."""
 
@@ -63,6 +69,9 @@ BlockLists = Annotated[
 Block = Annotated[int, Field(ge=0)]
 
 
+Blocks = Annotated[Block | list[Block], AfterValidator(_some_blocks)]
+
+
 class Targeted(Method):
     """What the methods share that act on modules: which ones, and which others are trained whole beside them."""
 
@@ -74,7 +83,7 @@ class Targeted(Method):
     exclude_modules: Patterns | None = Field(
         default=None, description="Modules taken out again: a list of names or suffixes, or a regular expression."
     )
-    layers_to_transform: Block | list[Block] | None = Field(
+    layers_to_transform: Blocks | None = Field(
         default=None, description="The blocks that are adapted, by number from 0. Default: all."
     )
     layers_pattern: BlockLists | None = Field(
