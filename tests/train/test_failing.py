@@ -63,11 +63,12 @@ def poisoned(folder: Path) -> Workshop:
     return shop
 
 
-def test_an_infinite_learning_rate_stops_the_run_where_its_loss_or_validation_is_no_number(shop, tmp_path):
-    settings = shop.settings(adapter=FEW, train={"steps": 4, "learning_rate": 1e38, "warmup_ratio": 0.0})
+def test_a_boundless_update_stops_the_run_where_its_loss_or_validation_is_no_number(shop, tmp_path):
+    boundless = {"lora_alpha": 9e8, "loraplus_lr_ratio": 1e6, "target_modules": "mlp"}
+    settings = shop.settings(adapter=boundless, train={"steps": 4, "learning_rate": 1000, "warmup_ratio": 0.0})
     with pytest.raises(TrainingError, match="learning_rate"):
         runs.run(settings, tmp_path / "run")
-    settings = shop.settings(adapter=FEW, train={"steps": 1, "learning_rate": 1e38, "warmup_ratio": 0.0})
+    settings = shop.settings(adapter=boundless, train={"steps": 1, "learning_rate": 1000, "warmup_ratio": 0.0})
     with pytest.raises(TrainingError, match=r"data\.valid is not finite .* with what was learned in 1 steps"):
         runs.run(settings, tmp_path / "short")
     assert not (tmp_path / "short" / "adapter").exists()
