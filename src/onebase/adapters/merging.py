@@ -1,5 +1,8 @@
 """Merged weights: the plain model's state with one adapter written into it, the base itself untouched.
 
+`merged_state` returns that state for a model of its own. `Merged` puts it into the live base instead, for as long as
+it is open, and the base's own tensors back afterwards: those themselves, kept meanwhile, never W - s B A.
+
 Each module that has parts is copied, turned to fp32 if it is stored in less, and changed by its parts in order
 (`MergeablePart.merge_`); what comes out is cast back to the base's dtype at the very end, once. Everything else of the
 state is the base's own tensors, not copied. Cost: one copy of each adapted module, and the product B A for each.
@@ -11,15 +14,20 @@ of them only: that no plain model with shared weights can hold, so it is an erro
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.copies import CopyPart
+from onebase.adapters.dora import MagnitudePart
 from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.part import MergeablePart, Part
+from onebase.adapters.tokens import EmbeddingRows, HeadRows
 from onebase.errors import ConfigError, list_problems
 
 _WHY_NOT = {
@@ -39,11 +47,109 @@ def merged_state(bank: Bank, name: str, *, untie: bool = False) -> dict[str, Ten
     Raises:
         ConfigError: a part cannot be written into its module, or a shared weight would have to differ.
     """
+    state = plain_state(bank.base.model)
+    return state | _changed(bank, name, state, untie=untie)
+
+
+class Merged:
+    """Adapters written into the live base, one after the other, until `unmerge` puts back what was there, to the byte.
+
+    Made, it has merged: a forward of the base alone (`bank.sole_route(None)`) then does what base and adapters do
+    together. One through an adapter would apply it a second time, and its base is not the frozen one; nothing may be
+    trained, added or removed meanwhile. Use it in a `with` block, or call `unmerge`. Cost: the changed tensors twice.
+
+    Args:
+        names: the adapters; of several, none with magnitudes (DoRA) or whole modules.
+
+    Raises:
+        ConfigError: no such adapter, a part that cannot be written into its module, or a shared weight that would have
+            to differ; the base is then as it was.
+    """
+
+    def __init__(self, bank: Bank, names: str | Sequence[str]) -> None:
+        self.names = (names,) if isinstance(names, str) else tuple(names)
+        self._kept: dict[int, _Kept] = {}
+        alone = [name for name in self.names if not _adds_up(_adapter(bank, name))]
+        if len(self.names) > 1 and alone:
+            raise ConfigError(
+                f"adapter {alone[0]!r} has parts that do not add to the base but take its place or are relative to it "
+                f"(magnitudes, whole modules), so it cannot be merged together with others ({', '.join(self.names)}). "
+                "Merge it alone."
+            )
+        try:
+            for name in self.names:
+                self._merge(bank, name)
+        except BaseException:
+            self.unmerge()
+            raise
+
+    def _merge(self, bank: Bank, name: str) -> None:
+        state = plain_state(bank.base.model)
+        changed = _changed(bank, name, state, untie=False)
+        live = _live_tensors(bank.base.model)
+        one_of = {(state[key].data_ptr(), state[key].shape): tensor for key, tensor in changed.items()}  # tied: one
+        for key in changed:
+            tensor = live[key]
+            kept = self._kept.setdefault(id(tensor), _Kept(key, tensor, tensor.data))
+            kept.merged = tensor.data = one_of[state[key].data_ptr(), state[key].shape]
+
+    def unmerge(self) -> None:
+        """Put the base's own tensors back; a second call does nothing.
+
+        Raises:
+            ConfigError: something else was put into the base since: what came last has to go first.
+        """
+        for kept in self._kept.values():
+            if kept.tensor.data_ptr() != kept.merged.data_ptr():
+                raise ConfigError(
+                    f"{kept.key} is not what merging {', '.join(self.names)} made of it: something was merged after it. "
+                    "Unmerge that first."
+                )
+        for kept in self._kept.values():
+            kept.tensor.data = kept.own
+        self._kept.clear()
+
+    def __enter__(self) -> Merged:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unmerge()
+
+
+@dataclass
+class _Kept:
+    """A tensor of the live base, its own numbers, and those that lie in it now."""
+
+    key: str
+    tensor: Tensor
+    own: Tensor
+    merged: Tensor = field(init=False)
+
+
+def _adds_up(adapter: Adapter) -> bool:
+    """Return whether an adapter does the same to a base that others have been merged into."""
+    return not any(isinstance(part, MagnitudePart | CopyPart | EmbeddingRows | HeadRows) for part in adapter.parts)
+
+
+def _live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors themselves that `plain_state` shows, under the same names."""
+    wrapped = {path for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    pairs = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {_plain_key(key, wrapped): tensor for key, tensor in pairs}
+
+
+def _adapter(bank: Bank, name: str) -> Adapter:
     adapter = bank.adapters.get(name)
     if adapter is None:
         raise ConfigError(f"no adapter {name!r} in the bank; it has {', '.join(bank.adapters) or 'none'}.")
-    merged = _merged_modules(bank, adapter)
-    state = plain_state(bank.base.model)
+    return adapter
+
+
+def _changed(bank: Bank, name: str, state: Mapping[str, Tensor], *, untie: bool) -> dict[str, Tensor]:
+    """Return the tensors of a plain state that merging an adapter changes, in the base's dtypes."""
+    merged = _merged_modules(bank, _adapter(bank, name))
     changed: dict[str, Tensor] = {}
     for path, module in merged.items():
         for key, tensor in plain_state(module).items():
@@ -57,7 +163,7 @@ def merged_state(bank: Bank, name: str, *, untie: bool = False) -> dict[str, Ten
                 changed[f"{path}.{key}"] = tensor.to(own.dtype)
     if not untie:
         _check_ties(bank, name, state, changed)
-    return state | changed
+    return changed
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
