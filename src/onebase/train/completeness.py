@@ -94,8 +94,8 @@ def _saved(places: Places, stored: StoredAdapter) -> Iterator[str]:
 
 
 def _with_present(places: Places, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names, and for each whole path that is nowhere the one that transformers gives it now."""
-    gone = [name for name in names if "." in name and name not in places.modules]
+    """Return names, and for each path that ends none the one that transformers gives it now."""
+    gone = [name for name in names if "." in name and not any(matches(name, path) for path in places.modules)]
     present = (pretrained.renamed_path(places.base.model, name) for name in gone)
     return (*names, *(path for path in present if path in places.modules))
 
