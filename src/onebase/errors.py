@@ -9,6 +9,7 @@
     |-- MissingExtraError  (ImportError)   an optional part is not installed
     |-- ResumeError                        a run cannot go on from where it stopped
     |-- CapacityError                      memory or disk does not suffice
+    |-- VerificationError                  what was made does not do what it was made from
     `-- TrainingError      (RuntimeError)  the training itself failed: NaN, a parameter without a gradient
 
 The second base lets callers that know only Python's own errors catch ours. Every error carries a finished
@@ -99,6 +100,10 @@ class ResumeError(OnebaseError):
 
 class CapacityError(OnebaseError):
     """Memory or disk does not suffice; the message says what would fit."""
+
+
+class VerificationError(OnebaseError):
+    """What was made (a merged model) does not do what it was made from; the message says where they differ."""
 
 
 class TrainingError(OnebaseError, RuntimeError):

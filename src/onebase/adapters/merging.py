@@ -37,10 +37,11 @@ _WHY_NOT = {
 }
 
 
-def merged_state(bank: Bank, name: str, *, untie: bool = False) -> dict[str, Tensor]:
+def merged_state(bank: Bank, name: str, *, untie: bool = False, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the state dict of the plain model that does what the base and adapter `name` do together.
 
     Args:
+        dtype: what takes the place of the base's dtype; None: every tensor keeps its own.
         untie: let a weight that the base shares between modules become two that differ; the model that loads the state
             must not tie them (`tie_word_embeddings: false` in its configuration).
 
@@ -48,7 +49,14 @@ def merged_state(bank: Bank, name: str, *, untie: bool = False) -> dict[str, Ten
         ConfigError: a part cannot be written into its module, or a shared weight would have to differ.
     """
     state = plain_state(bank.base.model)
-    return state | _changed(bank, name, state, untie=untie)
+    formats = {key: _stored_as(tensor, bank.base.dtype, dtype) for key, tensor in state.items()}
+    changed = _changed(bank, name, state, formats, untie=untie)
+    return {key: changed[key] if key in changed else tensor.to(formats[key]) for key, tensor in state.items()}
+
+
+def _stored_as(tensor: Tensor, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return a tensor's format in a plain model; one that is not in the base's own (numbers kept in fp32) stays so."""
+    return wanted if wanted is not None and tensor.dtype == own else tensor.dtype
 
 
 class Merged:
@@ -85,7 +93,7 @@ class Merged:
 
     def _merge(self, bank: Bank, name: str) -> None:
         state = plain_state(bank.base.model)
-        changed = _changed(bank, name, state, untie=False)
+        changed = _changed(bank, name, state, {key: own.dtype for key, own in state.items()}, untie=False)
         live = _live_tensors(bank.base.model)
         one_of = {(state[key].data_ptr(), state[key].shape): tensor for key, tensor in changed.items()}  # tied: one
         for key in changed:
@@ -147,8 +155,10 @@ def _adapter(bank: Bank, name: str) -> Adapter:
     return adapter
 
 
-def _changed(bank: Bank, name: str, state: Mapping[str, Tensor], *, untie: bool) -> dict[str, Tensor]:
-    """Return the tensors of a plain state that merging an adapter changes, in the base's dtypes."""
+def _changed(
+    bank: Bank, name: str, state: Mapping[str, Tensor], formats: Mapping[str, torch.dtype], *, untie: bool
+) -> dict[str, Tensor]:
+    """Return the tensors of a plain state that merging an adapter changes, rounded once, to the given formats."""
     merged = _merged_modules(bank, _adapter(bank, name))
     changed: dict[str, Tensor] = {}
     for path, module in merged.items():
@@ -160,7 +170,7 @@ def _changed(bank: Bank, name: str, state: Mapping[str, Tensor], *, untie: bool)
                     f"{type(bank.places.module(path)).__name__} does not have. Ship it as an adapter instead."
                 )
             if not torch.equal(own.to(tensor.dtype), tensor):
-                changed[f"{path}.{key}"] = tensor.to(own.dtype)
+                changed[f"{path}.{key}"] = tensor.to(formats[f"{path}.{key}"])
     if not untie:
         _check_ties(bank, name, state, changed)
     return changed
@@ -183,7 +193,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
 
 def _merged_modules(bank: Bank, adapter: Adapter) -> dict[str, nn.Module]:
     """Return a changed copy, in fp32 at least, of every module that the adapter has parts on."""
-    _check_mergeable(adapter)
+    check_mergeable(adapter)
     merged: dict[str, nn.Module] = {}
     for part in adapter.parts:
         if part.path not in merged:
@@ -195,7 +205,12 @@ def _merged_modules(bank: Bank, adapter: Adapter) -> dict[str, nn.Module]:
     return merged
 
 
-def _check_mergeable(adapter: Adapter) -> None:
+def check_mergeable(adapter: Adapter) -> None:
+    """Raise unless every part of an adapter can be written into its module.
+
+    Raises:
+        ConfigError: why not, and what can be done instead.
+    """
     rest = [part for part in adapter.parts if not isinstance(part, MergeablePart)]
     if rest:
         method = adapter.settings.method

@@ -140,7 +140,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             if hasattr(transformers, "GgufConfig"):
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
-            config = _plain_config(loaded.config)
+            config = plain_config(loaded.config)
             with torch.device("meta"):
                 plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             plain.load_state_dict(loaded.state_dict(), assign=True)
@@ -151,12 +151,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     except (ValueError, RuntimeError, LookupError, TypeError, EOFError, struct.error) as error:
         raise FileFormatError(f"{gguf}: cannot be read as a GGUF model: {first_line(error)}") from error
-    _clean_json(folder / "config.json", {"quantization_config"})
-    _clean_json(folder / "generation_config.json", set())
-    _clean_json(folder / "tokenizer_config.json", {"is_local", "local_files_only", "name_or_path"})
+    clean_json(folder / "config.json", {"quantization_config"})
+    clean_json(folder / "generation_config.json", set())
+    clean_json(folder / "tokenizer_config.json", {"is_local", "local_files_only", "name_or_path"})
 
 
-def _plain_config(config: Any) -> Any:
+def plain_config(config: Any) -> Any:
+    """Return a configuration without what is of one opened model alone: where it came from, how it attends."""
     written = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     written.pop("quantization_config", None)
     return type(config).from_dict(written)
@@ -186,7 +187,7 @@ def _gguf_text(gguf: Path, key: str) -> str | None:
         return content[at : at + length].decode("utf-8", errors="replace")
 
 
-def _clean_json(path: Path, unwanted: set[str]) -> None:
+def clean_json(path: Path, unwanted: set[str]) -> None:
     """Drop what says where and how the file was made: keys that begin with an underscore, and the unwanted ones."""
     if path.is_file():
         kept = {k: v for k, v in read_json(path).items() if not k.startswith("_") and k not in unwanted}

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from onebase import __version__
-from onebase.cli import chat, evaluate, failure, listing, predict, preview, raise_on_sigint, train
+from onebase.cli import chat, evaluate, failure, listing, merge, predict, preview, raise_on_sigint, train
 
 app = typer.Typer(
     name="onebase",
@@ -67,6 +67,13 @@ _verb(
     "chat runs/first < questions.txt",
 )
 _verb(app, "predict", predict.predict, "predict runs/first --data test.jsonl --out answers.jsonl")
+_verb(
+    app,
+    "merge",
+    merge.merge,
+    "merge runs/first --out models/first",
+    "merge runs/first --out models/half --dtype bfloat16",
+)
 _verb(app, "preview", preview.preview, "preview run.yaml --rows 5")
 _verb(app, "targets", listing.targets, "targets smollm2-135m-instruct")
 _verb(app, "runs", listing.runs, "runs runs")

@@ -1,0 +1,85 @@
+"""A model folder as transformers writes it, for weights that are not the live model's own: merged ones.
+
+The folder holds a plain model of the same class (no wrapper, no attention of ours), its configuration, how it
+generates, the tokenizer with its chat template, and what prepares images where the base has that. No path of this
+machine is in it. Cost: nothing but the writing; the plain model's tensors are those of the state.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebase.base.model import Base
+from onebase.base.pretrained import clean_json, generation_config_of, plain_config, silence
+from onebase.errors import ConfigError, list_problems
+
+GENERATION_NAME = "generation_config.json"
+_BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def plain_model(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """Return a model of the same class that holds `state`, whose names are those without wrappers.
+
+    Weights that the class ties and the state has two values of are untied in the configuration.
+
+    Raises:
+        ConfigError: it is no model of transformers, or it ties them whatever its configuration says.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise ConfigError(f"a {type(model).__name__} is no model of transformers, so no folder can be written of it.")
+    twin = _without_weights(model, untie=False)
+    if _torn_ties(twin, state):
+        twin = _without_weights(model, untie=True)
+        if torn := _torn_ties(twin, state):
+            what = f"Every {type(model).__name__} shares them. Ship it as an adapter, or train with ensure_weight_tying: true."
+            raise ConfigError(list_problems("writing the merged model", [*torn, what], shown=4))
+    twin.load_state_dict(dict(state), assign=True)
+    twin.tie_weights()
+    return twin.eval()
+
+
+def write_model(model: Any, folder: Path, base: Base) -> None:
+    """Fill a folder with a plain model, and with all that belongs to the base beside its weights."""
+    own = generation_config_of(base.model)
+    with silence():
+        model.save_pretrained(folder)
+        if (folder / GENERATION_NAME).is_file():
+            own.to_json_file(folder / GENERATION_NAME, use_diff=True)  # as it is: saving would refuse some of the hub's
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(folder)
+    clean_json(folder / "config.json", set())
+    clean_json(folder / GENERATION_NAME, set())
+    clean_json(folder / "tokenizer_config.json", {"is_local", "local_files_only", "name_or_path"})
+    for name in _BESIDE:
+        if base.folder is not None and (base.folder / name).is_file():
+            shutil.copy(base.folder / name, folder / name)
+
+
+def _without_weights(model: Any, *, untie: bool) -> Any:
+    config = plain_config(model.config)
+    if untie:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    with torch.device("meta"), silence():
+        twin = type(model)(config)
+    twin.tie_weights()
+    return twin
+
+
+def _torn_ties(twin: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """Return which weights are one in a model and would be two that differ in a state."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [
+        f"{first} and {other} are one weight in the model, and would become two that differ."
+        for first, *others in names.values()
+        for other in others
+        if not torch.equal(state[first], state[other])
+    ]

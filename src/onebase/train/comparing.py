@@ -1,0 +1,195 @@
+"""An adapter on its base against a model that should do the same: results as a whole, and module by module.
+
+Both run on the same inputs. Each time the base calls a module that the adapter is on, the other model's module of the
+same path is called with the very same arguments: so an error is measured where it is made, not where it has been
+carried to, and the module that is wrong is named. Differences are relative: of results to the largest number of
+theirs, of a module's outputs to their norm over all inputs. One table of bounds, by number format.
+
+Called by merging.py and verifying.py. Cost: two forwards, and each adapted module once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.layer import AdaptedLayer
+from onebase.errors import ConfigError
+
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The largest relative difference that rounding makes: of a model's results, and of one module's outputs."""
+
+    results: float
+    module: float
+
+
+# fp64: models take softmax, norms and rotary angles in fp32. Halves: a weight is rounded to 2^-11 or 2^-8 of itself, the
+# unmerged update to as much of the output, twice; through all layers that grows.
+BOUNDS = {
+    torch.float64: Bounds(1e-6, 1e-6),
+    torch.float32: Bounds(1e-4, 1e-4),
+    torch.float16: Bounds(2e-2, 4e-3),
+    torch.bfloat16: Bounds(5e-2, 2e-2),
+}
+_HALVES = (torch.bfloat16, torch.float16)
+_SHOWN = 3
+
+
+def bounds_of(*dtypes: torch.dtype) -> Bounds:
+    """Return the bounds for a comparison between models of these formats: the widest."""
+    return max((BOUNDS[dtype] for dtype in dtypes), key=lambda bounds: bounds.results)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What a comparison found: `results` of the largest result, `modules` by path, the worst first."""
+
+    results: float
+    modules: Mapping[str, float]
+    bounds: Bounds
+
+    @property
+    def within(self) -> bool:
+        """Whether rounding explains all of it."""
+        return self.results <= self.bounds.results and self.worst[1] <= self.bounds.module
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The module that differs most, and by how much."""
+        return next(iter(self.modules.items()), ("no module", 0.0))
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{path} by {value:.1e}" for path, value in list(self.modules.items())[:_SHOWN])
+        return (
+            f"the results differ by {self.results:.1e} of the largest (bound {self.bounds.results:.0e}); most of all "
+            f"modules differs {listed or 'none'} (bound {self.bounds.module:.0e})"
+        )
+
+
+@torch.no_grad()
+def compare(bank: Bank, name: str, other: Any, inputs: Sequence[Inputs]) -> Differences:
+    """Return how far a plain model is from the base with adapter `name`, over all inputs."""
+    base, tally = bank.base, _Tally()
+    dtype = next((p.dtype for p in other.parameters() if p.is_floating_point()), base.dtype)
+    largest, distances = [0.0], [0.0]
+    for given in inputs:
+        given = {key: value.to(base.device) for key, value in given.items()}
+        with base.native(bank.sole_route(name)) as model, _beside(model, bank.adapters[name], other, dtype, tally):
+            own = numbers_of(model(**_floats_as(given, base.dtype)))
+        with _computing_in(dtype, base.device):
+            theirs = numbers_of(other(**_floats_as(given, dtype)))
+        wide = torch.promote_types(torch.promote_types(own.dtype, theirs.dtype), torch.float32)
+        largest.append(float(own.abs().max()))
+        distances.append(float((theirs.to(wide) - own.to(wide)).abs().max()))
+    furthest = float(torch.tensor(distances, dtype=torch.float64).max())  # unlike Python's max, NaN if any is
+    return Differences(furthest / max(*largest, 1e-6), tally.relative(), bounds_of(base.dtype, dtype))
+
+
+def numbers_of(out: Any) -> Tensor:
+    """Return what a model gives as one tensor: logits where it has them, hidden states where it has none."""
+    found = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    found = getattr(out, "last_hidden_state", None) if found is None else found
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            f"a model that returns a {type(out).__name__} without logits cannot be compared with another."
+        )
+    return found
+
+
+def inputs_for(bank: Bank, sequences: Sequence[Sequence[int]]) -> list[Inputs]:
+    """Return inputs of one entry each for the base: the sequences of token ids, or noise for a model of images.
+
+    Raises:
+        ConfigError: the base takes something else.
+    """
+    base = bank.base
+    config, takes = getattr(base.model, "config", None), getattr(base.model, "main_input_name", "input_ids")
+    if takes == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+        draws = torch.Generator().manual_seed(0)
+        shape = (1, getattr(config, "num_channels", 3), *sides)
+        return [{takes: torch.randn(shape, generator=draws)} for _ in range(2)]
+    if takes != "input_ids" or base.embedding_rows is None:
+        raise ConfigError(f"{base.name} takes {takes}, and what to compare two such models on is not known here.")
+    made: list[Inputs] = []
+    for sequence in sequences:
+        ids = torch.tensor([list(sequence)])
+        more = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **more})
+    return made
+
+
+@dataclass
+class _Tally:
+    """Squared distances and squared norms of modules' outputs, by path, added up over all calls."""
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, path: str, own: Tensor, theirs: Tensor) -> None:
+        wide = own.double()
+        apart, norm = self.sums.get(path, (0.0, 0.0))
+        apart += float((theirs.double() - wide).square().sum())
+        self.sums[path] = apart, norm + float(wide.square().sum())
+
+    def relative(self) -> dict[str, float]:
+        """Return the relative difference of every module, the largest first; one that is not a number is infinite."""
+        found = {path: (apart / max(norm, 1e-12)) ** 0.5 for path, (apart, norm) in self.sums.items()}
+        found = {path: value if value >= 0 else float("inf") for path, value in found.items()}
+        return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
+@contextmanager
+def _beside(model: nn.Module, adapter: Adapter, other: nn.Module, dtype: torch.dtype, tally: _Tally) -> Iterator[None]:
+    """Call the other model's modules with what the adapter's modules are called with, for as long as this is open."""
+    paths = {part.path for part in adapter.parts}
+    device = next(model.parameters()).device
+
+    def watch(path: str, twin: nn.Module, args: tuple[Any, ...], named: dict[str, Any], own: Any) -> None:
+        with _computing_in(dtype, device):
+            theirs = twin(*_floats_as(args, dtype), **_floats_as(named, dtype))
+        tally.add(path, _first_tensor(own), _first_tensor(theirs))
+
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, args, named, own, path=layer.path: watch(path, other.get_submodule(path), args, named, own),
+            with_kwargs=True,
+        )
+        for layer in model.modules()
+        if isinstance(layer, AdaptedLayer) and layer.path in paths
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the mixed precision that a base of a format computes in; none, where it is no half."""
+    return torch.autocast(device.type, dtype if dtype in _HALVES else None, enabled=dtype in _HALVES)
+
+
+def _floats_as(given: Any, dtype: torch.dtype) -> Any:
+    """Return arguments with their floating tensors in a format; a mixed precision takes them as they are."""
+    if isinstance(given, Tensor):
+        return given.to(dtype) if given.is_floating_point() and dtype not in _HALVES else given
+    if isinstance(given, tuple | list):
+        return type(given)(_floats_as(one, dtype) for one in given)
+    return {key: _floats_as(one, dtype) for key, one in given.items()} if isinstance(given, dict) else given
+
+
+def _first_tensor(out: Any) -> Tensor:
+    while isinstance(out, tuple | list):
+        out = out[0]
+    return out if isinstance(out, Tensor) else numbers_of(out)

@@ -1,0 +1,207 @@
+"""One adapter merged into a plain model folder that is known to do what adapter and base do together.
+
+    plan    which tensors change, whether memory and disk hold it
+    write   the merged weights, in fp32 until they are stored, to a hidden name
+    verify  the folder is opened by transformers as anybody would: every tensor is the one that was computed, and results
+            and adapted modules are those of the unmerged model on real rows, within the rounding of the format
+    name    only then is the folder there
+
+Called by `onebase merge` and verifying.py. Cost: the base, the merged tensors and the reloaded model in memory at once;
+in time, reading and writing the weights, and three forwards of some rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.merging import check_mergeable, merged_state
+from onebase.base import memory
+from onebase.base.place import ModelPlace
+from onebase.base.pretrained import open_pretrained
+from onebase.base.writing import plain_model, write_model
+from onebase.errors import ConfigError, VerificationError, list_problems
+from onebase.files.atomic import ensure_writable, new_folder
+from onebase.files.peft_format import read_adapter
+from onebase.train.comparing import Differences, Inputs, compare, inputs_for
+from onebase.train.opening import fitted
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In 1687 Newton published three laws of motion, and 3.14159 is not quite pi.",
+    "Question: what is a noun?\nAnswer: a word that names a person, a place, a thing or an idea.",
+    "def add(a, b):\n    return a + b\n",
+)
+"""What is compared on where there are no rows."""
+
+MOST_TOKENS = 256
+"""Tokens of a row that are compared on: the logits of so many take 50 MB, for a vocabulary of 50,000."""
+
+_AGAIN = "loaded-again"
+_OTHER_FILES_BYTES = 64 * 2**20  # a tokenizer and its vocabulary, generously
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What became of a merge."""
+
+    folder: Path
+    dtype: str
+    size_bytes: int
+    modules: int
+    """Modules that the adapter is on."""
+    untied: bool
+    """Whether the base's tied embedding and head have become two weights."""
+    differences: Differences
+    rows: int
+    merge_seconds: float
+    """Computing and writing the weights."""
+    load_seconds: float
+    """Opening the written folder."""
+
+
+def merge(
+    bank: Bank,
+    name: str,
+    out: Path,
+    inputs: Sequence[Inputs],
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Merge:
+    """Write the model that base and adapter `name` are together to `out`, after verifying it, and return what was found.
+
+    Args:
+        inputs: what the verification compares on: see `comparing.inputs_for`.
+        dtype: the number format to store in; None: each tensor's own.
+        note: takes a line for each thing that takes long.
+
+    Raises:
+        ConfigError: `out` is there already, or the adapter cannot be merged; the message says what can be done instead.
+        CapacityError: memory or disk do not suffice.
+        VerificationError: the written model is not the one it was made from; nothing is left of it.
+    """
+    check_out(out)
+    adapter = bank.adapters[name]
+    check_mergeable(adapter)
+    _check_room(bank, adapter, out, dtype)
+    note("merging in fp32 and writing")
+    began = time.perf_counter()
+    state = merged_state(bank, name, untie=True, dtype=dtype)
+    twin = plain_model(bank.base.model, state)
+    with new_folder(out, writing="the merged model") as folder:
+        write_model(twin, folder, bank.base)
+        merge_seconds = time.perf_counter() - began
+        note(f"verifying on {len(inputs)} rows")
+        began = time.perf_counter()
+        place = ModelPlace("the merged model", folder, "folder")
+        reloaded, *_ = open_pretrained(place, device=str(bank.base.device), trust_remote_code=trust_remote_code)
+        load_seconds = time.perf_counter() - began
+        _check_tensors(reloaded.state_dict(), state)
+        differences = compare(bank, name, reloaded, inputs)
+        _check_within(differences)
+    return Merge(
+        folder=out,
+        dtype=str(reloaded.dtype).removeprefix("torch."),
+        size_bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        modules=len({part.path for part in adapter.parts}),
+        untied=is_tied(bank.base.model) and not is_tied(twin),
+        differences=differences,
+        rows=len(inputs),
+        merge_seconds=merge_seconds,
+        load_seconds=load_seconds,
+    )
+
+
+def check_out(out: Path) -> None:
+    """Raise if a merged model cannot go to `out`, because something is there.
+
+    Raises:
+        ConfigError: what to do.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: is there already. Choose another --out.")
+
+
+def adapter_load_seconds(bank: Bank, folder: Path) -> float:
+    """Return how long it takes to read an adapter of the bank's base and put it there, beside what is there already."""
+    began = time.perf_counter()
+    stored = fitted(bank, read_adapter(folder), allow_base_mismatch=True)
+    bank.add(_AGAIN, stored.settings, tensors=stored.tensors)
+    seconds = time.perf_counter() - began
+    bank.remove(_AGAIN)
+    return seconds
+
+
+def rows_for(bank: Bank, sequences: Sequence[Sequence[int]]) -> list[Inputs]:
+    """Return what a merge is verified on: the first tokens of each row, or of a few texts where there are none.
+
+    Raises:
+        ConfigError: there are neither rows nor a tokenizer, or the base takes something else than tokens.
+    """
+    tokenizer = bank.base.tokenizer
+    if not sequences and tokenizer is not None:
+        sequences = [tokenizer(text)["input_ids"] for text in TEXTS]
+    made = inputs_for(bank, [list(sequence)[:MOST_TOKENS] for sequence in sequences])
+    if not made:
+        raise ConfigError(
+            f"{bank.base.name} has no tokenizer to make rows for the verification with. Give some: --rows"
+        )
+    return made
+
+
+def _check_room(bank: Bank, adapter: Adapter, out: Path, dtype: torch.dtype | None) -> None:
+    """Raise unless the disk holds the model, and memory the adapted modules in fp32, or the model once more."""
+    model, own = bank.base.model, bank.base.dtype
+    item = (dtype or own).itemsize
+    adapted = sum(
+        p.numel() for path in {part.path for part in adapter.parts} for p in bank.places.module(path).parameters()
+    )
+    written = item * sum(p.numel() for p in model.parameters())
+    ensure_writable(out, written + item * adapted + _OTHER_FILES_BYTES, writing="the merged model")
+    needed = max(max(4, own.itemsize) * adapted, written) + item * adapted
+    memory.check_room_for("merging", needed, "Free some, or merge on a machine with more.")
+
+
+def _check_tensors(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise unless every tensor of the reloaded model is, bit for bit, the one that was computed."""
+    problems = [f"{key} is missing." for key in state if key not in found]
+    problems += [
+        f"{key} does not hold what was computed: {_distance(found[key], tensor)}."
+        for key, tensor in state.items()
+        if key in found and not _same_bits(found[key].to(tensor.dtype), tensor)
+    ]
+    if problems:
+        what = "The disk or the file system gave back other bytes, or transformers reads the format differently. Try again."
+        raise VerificationError(list_problems("the merged model, written and read again", [*problems, what], shown=5))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _distance(one: Tensor, other: Tensor) -> str:
+    if one.shape != other.shape:
+        return f"shape {tuple(one.shape)}, not {tuple(other.shape)}"
+    return f"its numbers differ by up to {float((one.double() - other.double()).abs().max()):.1e}"
+
+
+def _check_within(found: Differences) -> None:
+    if not found.within:
+        raise VerificationError(
+            f"the merged model does not do what base and adapter do: {found}. Look at {found.worst[0]} first. Nothing was "
+            "written. Ship the adapter as it is, or merge into a wider format: --dtype float32"
+        )
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether a model of transformers has its head tied to its embedding."""
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
