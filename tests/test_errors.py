@@ -34,7 +34,7 @@ def test_an_error_crosses_a_process_border_unchanged(kind: type[OnebaseError]) -
 
 @pytest.mark.parametrize("kind", ALL)
 def test_wrong_use_exits_with_2_and_other_failures_with_1(kind: type[OnebaseError]) -> None:
-    ours = {errors.OnebaseError, errors.CapacityError, errors.TrainingError}
+    ours = {errors.OnebaseError, errors.CapacityError, errors.TrainingError, errors.VerificationError}
     assert kind.exit_code == (1 if kind in ours else 2)
 
 
