@@ -275,7 +275,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_looks_whole(tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "_clean_json", killed)
+        patch.setattr(pretrained, "clean_json", killed)
         with pytest.raises(KeyboardInterrupt):
             pretrained.locate(str(path), say=tiny.hush)
     assert not [path for path in (cache.home() / "models").iterdir() if path.is_dir()]
