@@ -22,12 +22,14 @@ if TYPE_CHECKING:
         Full,
         Ia3,
         Job,
+        Labels,
         LnTuning,
         Lora,
         PrefixTuning,
         PromptTuning,
         Result,
         Scores,
+        TaskScores,
         evaluate,
         load,
         model_path,
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "AdapterSettings", "Bank", "Base", "BitFit", "Bottleneck", "Full", "Ia3", "Job", "LnTuning", "Lora",
-    "PrefixTuning", "PromptTuning", "Result", "Scores", "evaluate", "load", "model_path", "train",
+    "Adapter", "AdapterSettings", "Bank", "Base", "BitFit", "Bottleneck", "Full", "Ia3", "Job", "Labels", "LnTuning",
+    "Lora", "PrefixTuning", "PromptTuning", "Result", "Scores", "TaskScores", "evaluate", "load", "model_path", "train",
 ]  # fmt: skip
 
 ask_for_batch_invariance()

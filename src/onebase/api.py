@@ -19,6 +19,7 @@ from onebase.adapters.bank import Bank as RoutedBank
 from onebase.base import pretrained
 from onebase.base.device import use_threads
 from onebase.base.model import Base, load
+from onebase.config.labels import Labels
 from onebase.config.methods import (
     METHODS,
     AdapterSettings,
@@ -36,16 +37,16 @@ from onebase.config.settings import DataSettings, TrainSettings
 from onebase.errors import ConfigError
 from onebase.files.peft_format import read_adapter
 from onebase.files.result import Result
-from onebase.measure import evaluate as scoring
 from onebase.measure.evaluate import Scores
+from onebase.measure.judge import TaskScores, score
 from onebase.train import opening, run, saving
 from onebase.train.data import load_rows
 from onebase.train.progress import Progress, Quiet
 from onebase.train.stop import StopRequest
 
 __all__ = [
-    "Adapter", "AdapterSettings", "Bank", "Base", "BitFit", "Bottleneck", "Full", "Ia3", "Job", "LnTuning", "Lora",
-    "PrefixTuning", "PromptTuning", "Result", "Scores", "evaluate", "load", "model_path", "train",
+    "Adapter", "AdapterSettings", "Bank", "Base", "BitFit", "Bottleneck", "Full", "Ia3", "Job", "Labels", "LnTuning",
+    "Lora", "PrefixTuning", "PromptTuning", "Result", "Scores", "TaskScores", "evaluate", "load", "model_path", "train",
 ]  # fmt: skip
 
 Rows = str | Path | Sequence[Mapping[str, Any]]
@@ -141,7 +142,7 @@ class Job:
 
     Args:
         data, valid: a path, or rows as mappings.
-        task: "chat" or "text".
+        task: "chat", "text", "classify" or "regress"; the last two need a base that was loaded with `labels`.
         reading: how rows become examples: max_length, columns, labels, system, template, on_bad_row, shuffle.
         settings: what stands under `train:`, without checkpoints: learning_rate, epochs, batch_size, ...
 
@@ -202,15 +203,15 @@ def _train_one(bank: Bank, name: str, job: Job, progress: Progress) -> Result:
     return run.result_of(whole, member, adapter_bytes=4 * member.adapter.parameter_count)
 
 
-def evaluate(bank: Bank, name: str | None, rows: Rows) -> Scores:
-    """Return loss, perplexity and token accuracy of an adapter (None: of the base alone) on rows or a file.
+def evaluate(bank: Bank, name: str | None, rows: Rows) -> Scores | TaskScores:
+    """Return the scores of an adapter (None: of the base alone) on rows or a file: of tokens, or of whole examples.
 
     Raises:
         DataError: rows that cannot be used.
     """
     reading, task = bank.reading_of(name)
     examples = load_rows(rows, reading, task, bank.base, len(bank.routed.virtual_ids(name))).examples
-    return scoring.evaluate(bank.routed, name, examples)
+    return score(bank.routed, name, examples)
 
 
 def model_path(name: str, *, revision: str | None = None) -> Path:

@@ -96,7 +96,7 @@ def test_a_model_of_the_hub_is_downloaded_opened_and_kept_for_offline_days(small
     found = pretrained.locate("org/tiny", say=said.append)
     assert (found.kind, found.revision) == ("hub", COMMIT)
     assert "fetching org/tiny" in said[0]
-    model, tokenizer = pretrained.open_pretrained(found)
+    model, tokenizer, _ = pretrained.open_pretrained(found)
     assert tokenizer.convert_tokens_to_ids("one") == 3
     assert model.config.num_hidden_layers == 2
     assert pretrained.locate("org/tiny", offline=True, say=said.append) == found

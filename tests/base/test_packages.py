@@ -169,7 +169,7 @@ def test_the_real_chat_model_is_the_same_to_the_byte_however_often_it_is_made(mo
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
         if name != "model.safetensors":
             assert str(tmp_path) not in (folders[1] / name).read_text()
-    model, tokenizer = pretrained.open_pretrained(pretrained.locate("smollm2-135m-instruct", say=tiny.hush))
+    model, tokenizer, _ = pretrained.open_pretrained(pretrained.locate("smollm2-135m-instruct", say=tiny.hush))
     assert pretrained.generation_config_of(model).eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.tokenize("\n\n12") == ["\u010a\u010a", "1", "2"]
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
@@ -181,7 +181,7 @@ def test_the_real_chat_model_is_the_same_to_the_byte_however_often_it_is_made(mo
 @pytest.mark.slow
 def test_the_real_encoder_puts_like_meanings_close_together(monkeypatch, tmp_path):
     monkeypatch.setenv("ONEBASE_HOME", str(tmp_path))
-    model, tokenizer = pretrained.open_pretrained(pretrained.locate("minilm-l6-v2", say=tiny.hush))
+    model, tokenizer, _ = pretrained.open_pretrained(pretrained.locate("minilm-l6-v2", say=tiny.hush))
     batch = tokenizer(
         ["A cat sits.", "A kitten is sitting.", "Interest rates rose."], padding=True, return_tensors="pt"
     )

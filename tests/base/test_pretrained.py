@@ -30,7 +30,8 @@ def place_of(folder):
 
 def reopen(folder, **arguments):
     said: list[str] = []
-    return *pretrained.open_pretrained(place_of(folder), say=said.append, **arguments), said
+    model, tokenizer, _ = pretrained.open_pretrained(place_of(folder), say=said.append, **arguments)
+    return model, tokenizer, said
 
 
 def edit(path, **changes):
@@ -240,7 +241,7 @@ def test_a_converted_gguf_file_holds_its_weights_end_token_and_template(tmp_path
     import gguf
 
     path = tiny.gguf_file(tmp_path / "tiny.gguf")
-    model, tokenizer = pretrained.open_pretrained(pretrained.locate(str(path), say=tiny.hush))
+    model, tokenizer, _ = pretrained.open_pretrained(pretrained.locate(str(path), say=tiny.hush))
     stored = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
     assert torch.equal(model.model.embed_tokens.weight, stored["token_embd.weight"])
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight, stored["blk.1.ffn_down.weight"])
@@ -253,7 +254,7 @@ def test_a_converted_gguf_file_holds_its_weights_end_token_and_template(tmp_path
 @pytest.mark.parametrize(("pre", "tokens"), [("smollm", 3), ("gpt-2", 4)])
 def test_digits_are_split_off_first_where_the_model_learned_them_so(tmp_path, pre, tokens):
     path = tiny.gguf_file(tmp_path / "tiny.gguf", pre=pre)
-    _, tokenizer = pretrained.open_pretrained(pretrained.locate(str(path), say=tiny.hush))
+    _, tokenizer, _ = pretrained.open_pretrained(pretrained.locate(str(path), say=tiny.hush))
     assert len(tokenizer.tokenize("\n\n12")) == tokens
     assert tokenizer.decode(tokenizer("a  1\n\n12")["input_ids"]) == "a  1\n\n12"
 

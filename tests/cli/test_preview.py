@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from onebase.cli.preview import example_text, show_examples
-from onebase.data.examples import Example, Examples, build_examples
+from onebase.data.building import build_examples
+from onebase.data.examples import Example, Examples
 from onebase.data.rows import Row
 from tests.cli.world import chats, invoke, settings_in, write_rows
 from tests.data.tiny import byte_tokenizer

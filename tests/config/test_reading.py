@@ -136,7 +136,7 @@ def test_all_faults_of_file_and_set_are_one_error_in_the_order_of_the_file(folde
     path = write(
         folder,
         "model: ./nothere\n"
-        "task: classify\n"
+        "task: seq2seq\n"
         "data:\n"
         "  train: [a.json, {path: sub/e.csv, weight: 0}]\n"
         "adapter:\n"
@@ -152,7 +152,7 @@ def test_all_faults_of_file_and_set_are_one_error_in_the_order_of_the_file(folde
         f"15 problems in {path}",
         "  --set foo: must be NAME=VALUE, for example --set adapter.r=32",
         f"  line 1, model: there is no file or folder {folder}/nothere.",
-        "  line 2, task: must be 'chat' or 'text', got 'classify'. 'classify' is not available in this version.",
+        "  line 2, task: must be 'chat', 'text', 'classify' or 'regress', got 'seq2seq'. 'seq2seq' is not available in this version.",
         f"  line 4, data.train[0]: there is no file or folder {folder}/a.json. Close names there: a.jsonl, b c.jsonl",
         f"  line 4, data.train[1].path: there is no file or folder {folder}/sub/e.csv. Close names there: d.csv",
         "  line 4, data.train[1].weight: must be above 0, got 0.",

@@ -19,10 +19,10 @@ def settings_of(**sections: Any) -> Settings:
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"model": ""}, "model: must be text that is not empty, got ''."),
     (
-        {"task": "classify"},
-        "task: must be 'chat' or 'text', got 'classify'. 'classify' is not available in this version.",
+        {"task": "seq2seq"},
+        "task: must be 'chat', 'text', 'classify' or 'regress', got 'seq2seq'. 'seq2seq' is not available in this version.",
     ),
-    ({"task": "chatt"}, "task: must be 'chat' or 'text', got 'chatt'. Closest is 'chat'."),
+    ({"task": "chatt"}, "task: must be 'chat', 'text', 'classify' or 'regress', got 'chatt'. Closest is 'chat'."),
     ({"dtype": "bf16"}, "dtype: must be 'auto', 'float32' or 'bfloat16', got 'bf16'. Closest is 'bfloat16'."),
     ({"device": "gpu"}, "device: must be 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'gpu'. Closest is 'cuda'."),
     ({"quantize": "nf4"}, "quantize: not available in this version; the base keeps the number format of 'dtype'."),
@@ -66,14 +66,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"adapter": {"method": None, "r": 3}},
         "adapter.method: must be 'lora', 'ia3', 'bitfit', 'ln-tuning', 'bottleneck'",
     ),
-    (
-        {"eval": {"slices": ["a"]}},
-        "eval.slices: not available in this version; evaluation covers the whole file. Remove it.",
-    ),
     ({"train": {"threads": 1025}}, "train.threads: must be at most 1024, got 1025."),
     ({"train": {"threads": 10**30}}, "train.threads: must be at most 1024, got 1000"),
     ({"train": {"threads": 0}}, "train.threads: must be at least 1, got 0."),
-    ({"eval": {"metrics": ["auc"]}}, "eval.metrics: not available in this version; evaluation gives loss, perplexity"),
+    ({"eval": {"metrics": ["auc"]}}, "eval.metrics: not available in this version; evaluation gives all that the task"),
     ({"data": {"train": []}}, "data.train: must name at least one file, got []."),
     (
         {"data": {"train": 3}},

@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
+from onebase.data.building import build_examples
 from onebase.data.check import label_segments
-from onebase.data.examples import Example, build_examples
+from onebase.data.examples import Example
 from onebase.data.rows import Row
 from onebase.errors import DataError
 from tests.data import tiny

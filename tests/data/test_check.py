@@ -5,8 +5,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase.data.building import build_examples
 from onebase.data.check import label_segments, overlap
-from onebase.data.examples import build_examples
 from onebase.data.rows import Row
 from tests.data import tiny
 

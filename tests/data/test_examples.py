@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onebase.config.settings import SHORTEST_MAX_LENGTH
-from onebase.data.examples import Example, Examples, build_examples
+from onebase.data.building import build_examples
+from onebase.data.examples import Example, Examples
 from onebase.data.reading import read_rows
 from onebase.data.rows import Fault, Row
 from onebase.errors import ConfigError, DataError

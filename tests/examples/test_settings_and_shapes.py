@@ -5,9 +5,10 @@ import yaml
 
 from onebase.config import Lora
 from onebase.config.reading import read_settings
+from onebase.data.building import build_examples
 from onebase.data.check import label_segments
-from onebase.data.examples import build_examples
 from onebase.data.reading import read_rows
+from onebase.train.data import labels_in
 from tests.data.tiny import byte_tokenizer
 from tests.examples.tiny import EXAMPLES, chat_model, chats, write_rows
 
@@ -63,3 +64,11 @@ def test_five_lines_are_enough_to_train_on_rows_of_ones_own(tmp_path) -> None:
     result = train_run(settings, tmp_path / "run")
     assert result.valid_loss is not None and result.valid_loss_before is not None
     assert result.valid_loss < result.valid_loss_before
+
+
+def test_the_classifier_of_the_docs_finds_its_rows_and_their_25_classes() -> None:
+    settings = read_settings(EXAMPLES / "classify.yaml")
+    labels = labels_in(settings.data, settings.task)
+    assert labels is not None and len(labels.names) == 25
+    rows = list(read_rows(EXAMPLES / "data/category-valid.jsonl"))
+    assert {row.values["label"] for row in rows} <= set(labels.names) and "frequency" in rows[0].values

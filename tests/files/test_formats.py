@@ -130,7 +130,7 @@ def test_virtual_tokens_are_as_many_as_the_config_says(tmp_path: Path, kind: str
         read_adapter(tmp_path / "a")
 
 
-@pytest.mark.parametrize("changes", [{"num_transformer_submodules": 2}, {"modules_to_save": ["score"]}])
+@pytest.mark.parametrize("changes", [{"num_transformer_submodules": 2}])
 def test_virtual_tokens_that_are_not_computed_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     edit(written(tmp_path / "a", "PROMPT_TUNING"), **changes)
     with pytest.raises(FileFormatError, match=f"  {next(iter(changes))}: .*not read"):

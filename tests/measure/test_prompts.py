@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from onebase.data.examples import build_examples
+from onebase.data.building import build_examples
 from onebase.data.rows import Fault, Row
 from onebase.errors import DataError
 from onebase.measure.prompts import Asking

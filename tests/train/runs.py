@@ -20,6 +20,7 @@ from onebase.files.metrics import read_metrics
 from onebase.files.peft_format import TENSORS_NAME
 from onebase.files.result import Result, read_result
 from onebase.measure.evaluate import Scores
+from onebase.measure.judge import TaskScores
 from onebase.train.progress import Plan, StepRecord
 from onebase.train.run import train_run
 from onebase.train.stop import StopRequest
@@ -120,7 +121,7 @@ class Watching:
     stop: StopRequest = field(default_factory=StopRequest)
     plans: list[Plan] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
-    scores: list[tuple[int, Scores]] = field(default_factory=list)
+    scores: list[tuple[int, Scores | TaskScores]] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -137,7 +138,7 @@ class Watching:
         if record.step in self.stop_after:
             self.stop.signal_number = self.signal_number
 
-    def evaluated(self, step: int, scores: Scores) -> None:
+    def evaluated(self, step: int, scores: Scores | TaskScores) -> None:
         self.scores.append((step, scores))
 
     def saved(self, path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from onebase.config.labels import Labels
 from onebase.config.settings import DEFAULT_MAX_LENGTH, DataSettings
 from onebase.errors import ConfigError, ModelError
 from onebase.train.data import load_data, max_length_of
@@ -18,6 +19,7 @@ class Reader:
     tokenizer: Any = None
     max_length: int | None = 256
     embedding_rows: int | None = None
+    labels: Labels | None = None
 
 
 @pytest.fixture(scope="module")

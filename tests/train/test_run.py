@@ -171,11 +171,11 @@ def test_the_tokens_of_an_evaluation_are_those_that_are_set_and_change_no_loss(s
 
     asked = []
 
-    def noted(*parts, batch_tokens):
+    def noted(*parts, batch_tokens, objective):
         asked.append(batch_tokens)
         return evaluate(*parts, batch_tokens=batch_tokens)
 
-    monkeypatch.setattr(loop, "evaluate", noted)
+    monkeypatch.setattr(loop, "score", noted)
     for name, tokens in (("few", 30), ("auto", "auto")):
         runs.run(shop.settings(adapter=FEW, train={"steps": 1}, eval={"batch_tokens": tokens}), tmp_path / name)
     assert asked == [30, 30, EVALUATION_TOKENS, EVALUATION_TOKENS]

@@ -151,6 +151,9 @@ class Bank:
         self.places.check_called(built.parts)
         if built.refusals and tensors is None:
             raise TargetError(list_problems("adapter", built.refusals))
+        if built.heads:
+            saved = [*(settings.modules_to_save or ()), *built.heads]
+            settings = settings.model_copy(update={"modules_to_save": saved})
         adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)
         if adapter.drops_out and tensors is None and self.base.layout_kind == "native":
             raise ConfigError(
@@ -212,6 +215,8 @@ class Bank:
             if label_rows is not None:
                 head_key = path_key(self.places.head_path or "")
                 keys[RowSpace.LABEL] = mix_rows(token_keys[label_rows], head_key).to(self.base.device)
+            ends = [layout.starts[i] + layout.nodes[i].length - 1 for i in layout.leaves]
+            keys[RowSpace.EXAMPLE] = token_keys[ends].to(self.base.device)
             if self.base.layout_kind == "padded":
                 token_keys = token_keys[padded_rows(layout)[0].flatten()]
             keys[RowSpace.TOKEN] = token_keys.to(self.base.device)

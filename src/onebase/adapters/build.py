@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from onebase.adapters import bias, bottleneck, copies, ia3, lora, prefix, prompt, tokens, tying
-from onebase.adapters.matching import lies_in
+from onebase.adapters.matching import lies_in, matches
 from onebase.adapters.part import Built, Part
 from onebase.adapters.places import Places
 from onebase.config.methods import (
@@ -45,14 +45,17 @@ def build(places: Places, settings: AdapterSettings, seed: int) -> Built:
     """
     built = BUILDERS[type(settings)](places, settings, seed)
     parts, notes = list(built.parts), list(built.warnings)
-    if saved := getattr(settings, "modules_to_save", None):
+    own = copies.lacking_heads(places, parts)
+    heads = tuple(path for path in own if not any(matches(name, path) for name in settings.modules_to_save or ()))
+    if saved := [*(settings.modules_to_save or ()), *heads]:
         tie = isinstance(settings, Lora) and settings.ensure_weight_tying
         copied, said = copies.beside(places, saved, [part.path for part in built.parts], tie=tie)
         parts, notes = [*parts, *copied], [*notes, *said]
     if isinstance(settings, Lora):
         parts, notes = _beside_lora(places, settings, built.target_paths, parts, notes)
     _check_names(parts)
-    return replace(built, parts=places.in_model_order(parts), warnings=tuple(notes))
+    copies.draw_heads_(places, parts, seed)
+    return replace(built, parts=places.in_model_order(parts), warnings=tuple(notes), heads=heads)
 
 
 def _check_names(parts: Sequence[Part]) -> None:

@@ -24,10 +24,11 @@ from torch.func import functional_call
 from onebase.adapters.matching import LINEAR_KINDS, Candidate, Reach, lies_in
 from onebase.adapters.part import Built, Part, RowCall
 from onebase.adapters.places import NORM, Places, bare_copy
-from onebase.base import memory
+from onebase.base import memory, pretrained
 from onebase.config.methods import Full, LnTuning
 from onebase.config.targeting import PRESETS, in_preset
 from onebase.errors import TargetError, list_problems
+from onebase.ops.keyed import mix
 
 _WHOLE = "module"
 NORMS = Reach("LayerNorm tuning", "norms", frozenset({NORM}))
@@ -182,6 +183,23 @@ def beside(
     parts += [_whole_part(places, path, made if tie else {}, again=tie) for path in found if path in tied[1:]]
     note = f"{' and '.join(tied)} share one weight in the base; the copy of {' and '.join(among)} is apart"
     return tuple(parts), () if tie or not among else (f"{note} (ensure_weight_tying: true keeps them one)",)
+
+
+def lacking_heads(places: Places, parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return the task's own modules that no part copies: they are saved whole with every adapter."""
+    copied = [part.path for part in parts if isinstance(part, CopyPart)]
+    return tuple(path for path in places.base.own_heads if not any(lies_in(path, whole) for whole in copied))
+
+
+def draw_heads_(places: Places, parts: Sequence[Part], seed: int) -> None:
+    """Give the copies of heads that no file held weights for first values of their own."""
+    head = places.base.task_head
+    fresh = () if isinstance(head, str) else head.fresh
+    for part in (part for part in parts if isinstance(part, CopyPart)):
+        for path in fresh:
+            if lies_in(path, part.path):
+                inside = path.removeprefix(part.path).removeprefix(".")
+                pretrained.draw_weights_(places.base.model, part.twin.get_submodule(inside), mix(seed, path) >> 1)
 
 
 def _modules(places: Places) -> list[Candidate]:

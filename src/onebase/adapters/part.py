@@ -172,5 +172,7 @@ class Built:
     target_paths: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     virtual_tokens: int = 0
+    heads: tuple[str, ...] = ()
+    """The task's own modules that are saved whole, because every adapter brings them."""
     refusals: tuple[str, ...] = ()
     """Why a new adapter must not be so; one that was trained so is taken."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onebase.adapters.dense import dense_weight, row_squares
 from onebase.adapters.layer import AdaptedLayer
-from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets
+from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose_targets, lies_in
 from onebase.adapters.part import Part
 from onebase.base.model import Base
 from onebase.base.route import Route, RowSpace
@@ -47,7 +47,9 @@ class Places:
             self.lenders = lenders(base.model)
             targets = list_targets(base.model)
         candidates = [
-            Candidate(path, t.kind if t.available or path in self.lenders else _unavailable(t.kind), t.role)
+            Candidate(
+                path, t.kind if t.available or path in self.lenders else _unavailable(t.kind), self._role(path, t.role)
+            )
             for t in targets
             for path in t.paths
         ]
@@ -64,11 +66,17 @@ class Places:
         """Return what kind of layer is at a path, for one that adapters go on."""
         return self._kinds[path]
 
+    def _role(self, path: str, role: str) -> str:
+        """Return a module's role: one that every adapter brings whole is a head, whatever it is called."""
+        return "head" if any(lies_in(path, own) for own in self.base.own_heads) else role
+
     def space(self, path: str) -> RowSpace:
         """Return what the rows are that a module sees."""
         if path == self.head_path:
             return RowSpace.LABEL
-        return RowSpace.EXAMPLE if path in self._poolers else RowSpace.TOKEN
+        head = self.base.task_head
+        in_head = not isinstance(head, str) and any(lies_in(path, own) for own in head.paths)
+        return RowSpace.EXAMPLE if in_head or path in self._poolers else RowSpace.TOKEN
 
     def reads_tokens(self, path: str) -> bool:
         """Return whether a module is fed with a batch's own entries: no embedding of positions beside that of tokens."""

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onebase.base.classifier import Pooling, TaskHead
 from onebase.base.flat import NotFlatError
 from onebase.base.route import Route, RowSpace
+from onebase.config.labels import labels_of
 from onebase.errors import ModelError
 from onebase.ops.layout import Layout, Node
 from onebase.ops.loss import HeadRecord
@@ -27,6 +29,8 @@ from onebase.ops.segments import NO_OWNER, Segments
 
 if TYPE_CHECKING:
     from onebase.base.model import Base
+
+POOLINGS: tuple[Pooling, ...] = ("first", "last", "mean")
 
 # Relative to the largest logit: rounding in another order, at most; a wrong mask or position is off by far more.
 # (fp64: models take softmax and rotary angles in fp32.)
@@ -144,15 +148,6 @@ def _lay_out(examples: list[Tensor], shared: bool) -> tuple[Layout, Tensor]:
     return Layout(nodes), torch.cat([first, second[_PREFIX:]])
 
 
-def _rows_of_examples(layout: Layout) -> list[Tensor]:
-    """Return the flat rows of each of the probe's two examples, prefix first."""
-    last = len(layout.nodes) - 1
-    return [
-        torch.tensor(layout.ancestor_rows(i) + list(range(layout.starts[i], layout.starts[i] + layout.nodes[i].length)))
-        for i in (last - 1, last)
-    ]
-
-
 @contextmanager
 def _inputs_seen(model: nn.Module) -> Iterator[dict[str, list[tuple[int, ...]]]]:
     """Yield the shapes of what each module is given first, by path, in the order of its calls."""
@@ -201,7 +196,7 @@ def _difference(base: Base, examples: list[Tensor], expected: list[tuple[Tensor,
     layout, ids = _lay_out(examples, base.shares_prefixes)
     hidden = base.hidden(ids, probe_route(base, layout))
     found = [0.0]
-    for rows, (own, own_loss) in zip(_rows_of_examples(layout), expected, strict=True):
+    for rows, (own, own_loss) in zip(layout.example_rows(), expected, strict=True):
         ours = hidden[rows.to(hidden.device)]
         largest = float(own.abs().max())
         if base.head is not None and own_loss is not None:
@@ -222,3 +217,46 @@ def probe_route(base: Base, layout: Layout, memories: tuple[Memory, ...] = ()) -
         batch_owners=(NO_OWNER,),
         memories=memories,
     )
+
+
+@torch.no_grad()
+def find_task_head(base: Base, fresh: tuple[str, ...]) -> TaskHead | str:
+    """Return the head of a model that gives numbers for a whole example, or why it has none that can be used.
+
+    `fresh` are the modules that no file held weights for.
+    """
+    model, examples = base.model, _probe(base)
+    kind = f"a {type(model).__name__}"
+    if base.head is not None or base.trunk is model:
+        return f"{kind} has no head that gives numbers for a whole example"
+    with base.native(Route(batch_owners=(NO_OWNER,))):
+        lines = [ids[None].to(base.device) for ids in examples]
+        found = [getattr(model(input_ids=x, attention_mask=torch.ones_like(x)), "logits", None) for x in lines]
+    if any(logits is None or logits.dim() != 2 for logits in found):
+        return f"{kind} has no head that gives numbers for a whole example"
+    if getattr(model.config, "pad_token_id", None) is None:
+        return f"the configuration of {kind} names no pad_token_id, without which it takes one example at a time"
+    own = torch.cat([logits for logits in found if logits is not None])
+    layout, ids = _lay_out(examples, shared=False)
+    route = probe_route(base, layout)
+    hidden, rows, tried = base.hidden(ids, route), layout.example_rows(), []
+    for pooling in POOLINGS:
+        head = TaskHead(model, labels_of(model.config), pooling, _head_paths(base), fresh)
+        ours = head.logits(head.pool(hidden, rows), base.slot, route)
+        difference = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
+        if difference <= TOLERANCE[base.dtype]:
+            return head
+        tried.append(f"the {pooling} of its rows: differs by {difference:.1e} of the largest number")
+    return f"nothing that a head could read of an example gives what {kind} gives by itself ({'; '.join(tried)})"
+
+
+def _head_paths(base: Base) -> tuple[str, ...]:
+    """Return the outermost modules with weights that lie outside the trunk."""
+    trunk = {id(module) for module in base.trunk.modules()}
+    around = {path for path, module in base.model.named_modules() if base.trunk in module.modules()}
+    outside = [
+        path
+        for path, module in base.model.named_modules()
+        if id(module) not in trunk and path not in around and any(True for _ in module.parameters())
+    ]
+    return tuple(path for path in outside if path.rpartition(".")[0] not in outside)

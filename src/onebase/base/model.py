@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from onebase.base import check, pretrained
+from onebase.base.classifier import TaskHead
 from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
 from onebase.base.flat import flat_attention_of, memory_attention_of
 from onebase.base.route import Route, RowSpace, Slot
-from onebase.errors import ConfigError
+from onebase.config.labels import Labels
+from onebase.errors import ConfigError, ModelError
 from onebase.ops.layout import NO_PARENT, Layout
 from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
@@ -43,6 +45,8 @@ class Base:
         why_native: why a native base is one; empty otherwise.
         shares_prefixes: whether a layout's node may have children (causal models), decided by the same check.
         token_axes: which dimension of a module's input are the tokens, by path, as the same check saw it.
+        task_head: what gives numbers for a whole example (classes, a value), or why there is none.
+        own_heads: the modules that every adapter here brings copies of, because the task is not the base's own.
         slot: where the current route lies.
         input_embedding: what turns token ids into vectors, as it was before any adapter; None in a model that embeds no
             tokens, or does not say.
@@ -50,7 +54,7 @@ class Base:
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, name: str = "in-memory", folder: Path | None = None,
-        fingerprint: str | None = None,
+        fingerprint: str | None = None, fresh: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -67,10 +71,28 @@ class Base:
         self._own_attention = self._current_attention = self._flat_attention = self._memory_attention = ""
         self.layout_kind: LayoutKind = "native"
         self.why_native = check.why_native(model)
+        self.task_head: TaskHead | str = f"it runs as it is: {self.why_native}"
         if not self.why_native:
-            self._choose_layout()
+            self._choose_layout(fresh)
+        self.own_heads: tuple[str, ...] = ()
 
-    def _choose_layout(self) -> None:
+    def open_for_task(self) -> None:
+        """Let every adapter bring the head for whole examples with it: it is trained whole.
+
+        Raises:
+            ModelError: the model has no such head, or none that can be computed here.
+        """
+        if isinstance(self.task_head, str):
+            raise ModelError(
+                f"{self.name}: {self.task_head}. The tasks classify and regress need one: choose an encoder or a decoder "
+                "that transformers has a ...ForSequenceClassification for."
+            )
+        paths = (*self.task_head.fresh, *self.task_head.paths)
+        self.own_heads = tuple(
+            p for p in dict.fromkeys(paths) if not any(p != q and p.startswith(f"{q}.") for q in paths)
+        )
+
+    def _choose_layout(self, fresh: tuple[str, ...]) -> None:
         """Let the model's attention be flat attention where it is asked for, and find the layout that fits the model."""
         self._own_attention = self._current_attention = self.model.config._attn_implementation
         if self._own_attention == "sdpa" and getattr(
@@ -90,6 +112,9 @@ class Base:
         except check.NotOfTokensError as error:
             self._use_attention(self._own_attention)
             self.head, self.shares_prefixes, self.layout_kind, self.why_native = None, False, "native", str(error)
+            self.task_head = f"it runs as it is: {error}"
+        else:
+            self.task_head = check.find_task_head(self, fresh)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,6 +137,11 @@ class Base:
         """The output head as a module, where the model says which one it is."""
         head: nn.Module | None = _ask(self.model, "get_output_embeddings")
         return head
+
+    @property
+    def labels(self) -> Labels | None:
+        """What the head for whole examples predicts; None without one."""
+        return None if isinstance(self.task_head, str) else self.task_head.labels
 
     @property
     def parameter_count(self) -> int:
@@ -171,6 +201,21 @@ class Base:
             )
         hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, place.to(self.device))
         return hidden
+
+    def task_logits(self, hidden: Tensor, route: Route) -> Tensor:
+        """Return what the head for whole examples gives, (examples, outputs), for the hidden states of a route's layout.
+
+        Learned keys and values stand in the place of virtual tokens, whose rows then mean nothing and are not pooled.
+
+        Raises:
+            ModelError: the base has no such head.
+        """
+        if isinstance(self.task_head, str):
+            raise ModelError(f"{self.name}: {self.task_head}.")
+        assert route.layout is not None, "hidden states have a layout"
+        rows = route.layout.example_rows({start for memory in route.memories for _, start in memory.places or ()})
+        with self._mixed_precision():
+            return self.task_head.logits(self.task_head.pool(hidden, rows), self.slot, route)
 
     @contextmanager
     def native(self, route: Route) -> Iterator[Any]:
@@ -258,12 +303,7 @@ def padded_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     An example is a node that is nobody's parent, with its ancestors' tokens before it. Padding repeats the example's
     own first token; a shared token is read at the first example that has it.
     """
-    parents = {node.parent for node in layout.nodes}
-    leaves = [i for i in range(len(layout.nodes)) if i not in parents]
-    lines = []
-    for index in leaves:
-        start = layout.starts[index]
-        lines.append([*layout.ancestor_rows(index), *range(start, start + layout.nodes[index].length)])
+    lines = [rows.tolist() for rows in layout.example_rows()]
     longest = max(map(len, lines))
     rows = torch.tensor([line + [line[0]] * (longest - len(line)) for line in lines])
     mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
@@ -275,10 +315,8 @@ def padded_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
 
 def padded_segments(layout: Layout) -> tuple[list[int], list[int]]:
     """Return (rows of each example, node of each example) of the padded layout, in order."""
-    parents = {node.parent for node in layout.nodes} - {NO_PARENT}
-    leaves = [i for i in range(len(layout.nodes)) if i not in parents]
-    longest = max(layout.depths[i] + layout.nodes[i].length for i in leaves)
-    return [longest] * len(leaves), leaves
+    longest = max(layout.depths[i] + layout.nodes[i].length for i in layout.leaves)
+    return [longest] * len(layout.leaves), list(layout.leaves)
 
 
 def load(
@@ -288,8 +326,11 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    labels: Labels | None = None,
 ) -> Base:
     """Open a model by hub id, folder, GGUF file or packaged name, frozen and fingerprinted.
+
+    With `labels` it has a head for them: what the files hold of one, or a new one, which each adapter brings its own of.
 
     Raises:
         ModelError: no such model, or it cannot be opened; the message says what was looked for and where.
@@ -297,7 +338,10 @@ def load(
     place = pretrained.locate(name, revision=revision)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    model, tokenizer = pretrained.open_pretrained(
-        place, dtype=chosen_dtype, device=chosen_device, trust_remote_code=trust_remote_code
+    model, tokenizer, fresh = pretrained.open_pretrained(
+        place, dtype=chosen_dtype, device=chosen_device, labels=labels, trust_remote_code=trust_remote_code
     )
-    return Base(model, tokenizer, name=name, folder=place.folder, fingerprint=fingerprint(place.folder))
+    base = Base(model, tokenizer, name=name, folder=place.folder, fingerprint=fingerprint(place.folder), fresh=fresh)
+    if labels is not None:
+        base.open_for_task()
+    return base

@@ -35,6 +35,7 @@ from onebase.base.place import (
     unloaded_weights,
     weight_count,
 )
+from onebase.config.labels import Labels
 from onebase.config.paths import checked_path
 from onebase.errors import (
     ConfigError,
@@ -202,15 +203,20 @@ def open_pretrained(
     *,
     dtype: "torch.dtype | None" = None,
     device: str = "cpu",
+    labels: Labels | None = None,
     trust_remote_code: bool = False,
     say: Say = say_on_stderr,
-) -> tuple[Any, Any]:
-    """Return (model, tokenizer): the model frozen, in evaluation mode, every weight exactly as stored.
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Return (model, tokenizer, fresh): the model frozen, in evaluation mode, every weight exactly as stored.
+
+    With `labels` it is a model with a head for them, and `fresh` are the modules of that head which the files hold no
+    weights for: their values are drawn, the same ones each time.
 
     Args:
         place: where it stands, from `locate`.
         dtype: None keeps the format it is stored in.
         device: as torch names it.
+        labels: what a head for whole examples is to predict.
         trust_remote_code: run Python code that comes with the model; said when it happens.
         say: takes what the user should know.
 
@@ -232,21 +238,25 @@ def open_pretrained(
         prequantised = getattr(config, "quantization_config", None) is not None
         if not prequantised and dtype is not None:
             memory.check_room_for(place.name, weight_count(place.folder) * dtype.itemsize, f"{HOW_TO_FIT}.")
-        model, loading = _model_class(config).from_pretrained(
-            place.folder,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            device_map={"": device} if prequantised else None,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that all are listed; any is an error below
-            output_loading_info=True,
-            **arguments,
-        )
+        tokenizer = _tokenizer(place, arguments)
+        if labels is not None:
+            _prepare_for_labels(config, labels, tokenizer)
+        with seeded(0):  # a new head's weights
+            model, loading = _model_class(config, labels).from_pretrained(
+                place.folder,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                device_map={"": device} if prequantised else None,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that all are listed; any is an error below
+                output_loading_info=True,
+                **arguments,
+            )
+        fresh = () if labels is None else _without_new_heads(model, loading)
         _check_loaded(place, model, loading, say)
         if not prequantised:
             model = model.to(device)
-        tokenizer = _tokenizer(place, arguments)
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), tokenizer, fresh
 
 
 def open_tokenizer(place: ModelPlace, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
@@ -279,10 +289,35 @@ def _tokenizer(place: ModelPlace, arguments: dict[str, Any]) -> Any:
         ) from error
 
 
-def _model_class(config: Any) -> Any:
-    """Return the class that opens a model: the one that config.json names, by the causal-language-model door if it can."""
+def _prepare_for_labels(config: Any, labels: Labels, tokenizer: Any) -> None:
+    """Write what a model predicts into its configuration, and what pads its batches where nothing says so."""
+    for name, value in labels.config.items():
+        setattr(config, name, value)
+    if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _without_new_heads(model: Any, loading: dict[str, Any]) -> tuple[str, ...]:
+    """Take a head's modules that found no weights of their shape out of what was loaded, and return their paths."""
+    trunk = {id(parameter) for parameter in model.base_model.parameters()}
+    pooler = getattr(model.base_model, "pooler", None)
+    trunk -= set() if pooler is None else {id(parameter) for parameter in pooler.parameters()}
+    new = {name for name, parameter in model.named_parameters() if id(parameter) not in trunk}
+    gone = {name for name, *_ in loading["mismatched_keys"]} | set(loading["missing_keys"])
+    loading["missing_keys"] = {name for name in loading["missing_keys"] if name not in new}
+    loading["mismatched_keys"] = [told for told in loading["mismatched_keys"] if told[0] not in new]
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters() if name in gone & new))
+
+
+def _model_class(config: Any, labels: Labels | None = None) -> Any:
+    """Return the class that opens a model: the one that config.json names, by the causal-language-model door if it can.
+
+    With `labels` it is the one with a head for them.
+    """
     import transformers
 
+    if labels is not None:
+        return transformers.AutoModelForSequenceClassification
     named = (config.architectures or [""])[0]
     if named.endswith(("ForCausalLM", "LMHeadModel")):
         return transformers.AutoModelForCausalLM
@@ -327,6 +362,25 @@ def silence() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's global generator start from `seed`, and go on as before afterwards."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def draw_weights_(model: Any, module: Any, seed: int) -> None:
+    """Fill a module with a new one's weights, drawn as the model draws its own."""
+    import torch
+
+    with seeded(seed), torch.no_grad():
+        for part in module.modules():
+            model._init_weights(part)
 
 
 def register_attention(name: str, function: Callable[..., Any], *, masked: bool = False) -> None:
@@ -380,6 +434,20 @@ def disable_checkpointing(model: Any) -> None:
         model.activation_checkpointing_disable()
     else:
         model.gradient_checkpointing_disable()
+
+
+def config_text(model: Any) -> str:
+    """Return a model's configuration as JSON, without a path."""
+    text: str = model.config.to_json_string(use_diff=True)
+    kept = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
+    return json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def trunk_output(hidden: Any, pooled: Any) -> Any:
+    """Return hidden and pooled rows as a trunk returns them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+    return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
 
 
 def generation_config_of(model: Any) -> Any:

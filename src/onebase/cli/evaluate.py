@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onebase.cli import options, terminal
+from onebase.cli.judging import judge_whole
 from onebase.cli.opening import BaseOptions, Opened, open_adapter_or_model
+from onebase.cli.scores import TOKEN_TASKS
 from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +33,12 @@ def evaluate(  # noqa: PLR0913 (a verb's options are its parameters)
         str | None, typer.Option(help="The rows to measure on. Default: the run's data.test, or else data.valid.")
     ] = None,
     as_json: options.AsJson = False,
+    slices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slice", metavar="COLUMN", help="Measure classes or numbers by a column, too. Default: the run's."
+        ),
+    ] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Measure the base without the adapter.")] = False,
     model: options.Model = None,
     dtype: options.Dtype = None,
@@ -40,7 +48,8 @@ def evaluate(  # noqa: PLR0913 (a verb's options are its parameters)
 ) -> None:
     """Measure an adapter on a file, beside its base.
 
-    Loss (nats a labelled token), perplexity, and the share of labelled tokens ranked first.
+    Chats and texts: loss (nats a labelled token), perplexity, and the share of labelled tokens ranked first. Classes:
+    accuracy, macro F1, AUROC, ECE and Brier; numbers: MSE, MAE and R2; each with a bootstrap interval, also by slices.
     """
     opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     prepared, name = _rows(opened, data)
@@ -49,6 +58,9 @@ def evaluate(  # noqa: PLR0913 (a verb's options are its parameters)
         terminal.warn(
             f"{name}: {terminal.counted(report.dropped_rows, 'row')} dropped, {report.truncated:,} truncated of {report.rows:,}"
         )
+    if opened.task not in TOKEN_TASKS:
+        judge_whole(opened, None if base_only else opened.adapter, prepared, name, slices, as_json=as_json)
+        return
     base = _measure(opened, None, prepared, f"base {opened.bank.base.name}")
     own = None
     if opened.adapter is not None and not base_only:

@@ -32,7 +32,7 @@ def targets(
     from onebase.config.targeting import PRESETS
     from onebase.errors import TargetError
 
-    opened, _ = open_pretrained(locate(model))
+    opened, *_ = open_pretrained(locate(model))
     rows = list_targets(opened)
     presets: dict[str, list[str]] = {}
     counts: dict[str, int] = {}

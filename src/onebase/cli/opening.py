@@ -55,7 +55,7 @@ class Opened:
     """A bank, the adapter in it that is meant (None: the base alone), and what its run says of its data.
 
     `data` are the run's data settings as plain values, without the sources; `sources` are these. `batch_tokens` is the
-    run's eval.batch_tokens where that is a number.
+    run's eval.batch_tokens where that is a number, `slices` its eval.slices.
     """
 
     label: str
@@ -65,6 +65,7 @@ class Opened:
     data: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Any] = field(default_factory=dict)
     batch_tokens: int | None = None
+    slices: tuple[str, ...] = ()
 
     @property
     def base_line(self) -> str:
@@ -129,7 +130,10 @@ def open_adapter(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
     record = opened.stored.record
     data = run.get("data") or (record.extras.get("data") if record is not None else None) or {}
     chats = bank.base.tokenizer is not None and bank.base.tokenizer.chat_template
-    task = record.task if record is not None else run.get("task") or ("chat" if chats else "text")
+    usual = "chat" if chats else "text"
+    if bank.base.own_heads and bank.base.labels is not None:
+        usual = "classify" if bank.base.labels.names else "regress"
+    task = record.task if record is not None else run.get("task") or usual
     return Opened(
         label=target,
         bank=bank,
@@ -139,6 +143,7 @@ def open_adapter(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
         data={name: value for name, value in data.items() if name not in (*_SOURCES, "template")},
         sources={name: data[name] for name in _SOURCES if name in data},
         batch_tokens=_number(run, "eval", "batch_tokens"),
+        slices=tuple((run.get("eval") or {}).get("slices") or ()),
     )
 
 

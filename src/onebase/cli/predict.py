@@ -12,7 +12,9 @@ import typer
 
 from onebase.cli import options, terminal
 from onebase.cli.counting import counting
+from onebase.cli.labelling import label_rows
 from onebase.cli.opening import BaseOptions, Opened, open_adapter_or_model
+from onebase.cli.scores import TOKEN_TASKS
 from onebase.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
 ) -> None:
     """Answer every row of a file, as JSONL.
 
-    A line holds the row's own columns, and its answer under 'prediction' or the name given with --column.
+    A line holds the row's own columns, and its answer under 'prediction' or the name given with --column: a text, a
+    class (with 'probabilities' of all classes), or a number.
 
     With --out, every answer is kept in OUT.partial as it comes. When all are there, they go to OUT in the order of the
     rows; what Ctrl-C or a failure interrupts leaves OUT.partial.
@@ -52,6 +55,9 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
     opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     rows = _rows(opened, data)
     _check_column(rows, column)
+    if opened.task not in TOKEN_TASKS:
+        label_rows(opened, rows, column, out)
+        return
     answers = Answers(opened, rows, column, max_new_tokens)
     with answers.kept(out), counting(f"answers by {adapter}", len(rows), "rows") as advance:
         answers.make(advance, temperature=temperature, seed=seed)

@@ -13,6 +13,7 @@ from onebase.cli.rows_report import counts_of, remarks_on, show_rows
 from onebase.cli.token_text import TokenText
 
 if TYPE_CHECKING:
+    from onebase.config.labels import Labels
     from onebase.data.examples import Example, Examples
 
 _SCHEMA_VERSION = 1
@@ -35,11 +36,11 @@ def preview(
     settings = read_settings(config, overrides or ())  # first: a mistake in them is told without waiting for torch
     from onebase.base.pretrained import locate, open_tokenizer
     from onebase.config.methods import virtual_tokens_of
-    from onebase.train.data import load_data
+    from onebase.train.data import labels_in, load_data
 
     place = locate(settings.model, revision=settings.revision)
     tokenizer, max_length = open_tokenizer(place, trust_remote_code=settings.trust_remote_code)
-    reader = _Reader(settings.model, tokenizer, max_length)
+    reader = _Reader(settings.model, tokenizer, max_length, labels_in(settings.data, settings.task))
     data = load_data(settings.data, settings.task, reader, virtual_tokens_of(settings.adapter))
     if as_json:
         examples = data.train.examples
@@ -48,7 +49,7 @@ def preview(
         terminal.print_json({**numbers, "counts": counts_of(data), "warnings": remarks_on(data), "rows": shown})
         return
     out = terminal.stdout()
-    show_examples(out, data.train.examples, tokenizer, rows)
+    show_examples(out, data.train.examples, tokenizer, rows, reader.labels)
     show_rows(out, data)
 
 
@@ -59,6 +60,7 @@ class _Reader:
     name: str
     tokenizer: Any
     max_length: int | None
+    labels: "Labels | None"
     embedding_rows: int | None = None
 
 
@@ -71,15 +73,28 @@ def example_fields(example: "Example", tokenizer: Any) -> dict[str, Any]:
     ids: list[int] = example.token_ids.tolist()
     pieces = [texts.push(token) for token in ids]
     pieces[-1] += texts.rest()
-    return {"place": example.place, "token_ids": ids, "pieces": pieces, "labelled": example.labelled.tolist()}
+    fields = {"place": example.place, "token_ids": ids, "pieces": pieces, "labelled": example.labelled.tolist()}
+    return fields if example.target is None else {**fields, "target": example.target.tolist()}
 
 
-def show_examples(out: Console, examples: "Examples", tokenizer: Any, count: int) -> None:
+def _target(example: "Example", labels: "Labels | None") -> str:
+    """Return what an example is labelled with, in words."""
+    if labels is None or not labels.names:
+        return f"target {float(example.target):g}"
+    if labels.problem == "multi_label_classification":
+        names = [name for name, has in zip(labels.names, example.target, strict=True) if has]
+        return f"labels {', '.join(names) or 'none'}"
+    return f"label {labels.names[int(example.target)]}"
+
+
+def show_examples(
+    out: Console, examples: "Examples", tokenizer: Any, count: int, labels: "Labels | None" = None
+) -> None:
     """Print the first examples."""
     for number in range(min(count, len(examples))):
         example = examples[number]
-        labelled = int(example.labelled.sum())
-        head = f"{example.place}: {terminal.counted(len(example.token_ids), 'token')}, {labelled:,} labelled"
+        learned = f"{int(example.labelled.sum()):,} labelled" if example.target is None else _target(example, labels)
+        head = f"{example.place}: {terminal.counted(len(example.token_ids), 'token')}, {learned}"
         out.print(Text(head, style="bold"), soft_wrap=True)
         out.print(example_text(example, tokenizer, out), soft_wrap=True)
         if len(example.token_ids) > _MOST_TOKENS:

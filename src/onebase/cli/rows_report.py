@@ -17,7 +17,11 @@ _SHOWN_PLACES = 3
 def show_rows(out: "Console", data: "TrainingData") -> None:
     """Print the counts of both parts as a table, and below it what a user should know of them."""
     there = _parts(data)
-    counts = [(label, *(count(part) for part in there.values())) for label, count in _COUNTS]
+    whole = data.train.examples.targets is not None
+    counts = [
+        ("labels" if whole and label == _TOKENS else label, *(count(part) for part in there.values()))
+        for label, count in _COUNTS
+    ]
     out.print(terminal.table(("data", *there), counts))
     for remark in remarks_on(data):
         out.print(terminal.warning(remark), soft_wrap=True)
@@ -65,15 +69,31 @@ def _lengths(part: "Prepared") -> str:
 
 
 def _labelled(part: "Prepared") -> str:
+    targets = part.examples.targets
+    if targets is not None:
+        return _spread(targets)
     return f"{part.report.labelled_tokens:,} ({terminal.percent(part.report.labelled_tokens / part.report.tokens)})"
 
 
+def _spread(targets: Any) -> str:
+    """Return how the labels of whole examples are spread: how many classes and the largest's share, or mean and deviation."""
+    import numpy as np
+
+    if targets.ndim == 2:
+        return f"{int((targets.sum(0) > 0).sum())} classes, {targets.sum(1).mean():.1f} an example"
+    if targets.dtype.kind == "f":
+        return f"{targets.mean():.4g} on average, deviation {targets.std():.3g}"
+    counts = np.bincount(targets)
+    return f"{int((counts > 0).sum())} classes, the largest {terminal.percent(counts.max() / len(targets))}"
+
+
+_TOKENS = "labelled tokens"
 _COUNTS = (
     ("files", lambda part: ", ".join(part.files)),
     ("rows", lambda part: f"{part.report.rows:,}"),
     ("examples", _examples_per_row),
     ("tokens", lambda part: f"{part.report.tokens:,}"),
-    ("labelled tokens", _labelled),
+    (_TOKENS, _labelled),
     ("tokens an example, mean / most", _lengths),
     ("truncated rows", lambda part: f"{part.report.truncated:,}"),
     ("dropped rows", lambda part: f"{part.report.dropped_rows:,}"),

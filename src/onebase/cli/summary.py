@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onebase.cli import terminal
+from onebase.cli.scores import TOKEN_TASKS, named
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from onebase.cli.scores import Judged
     from onebase.config.methods import AdapterSettings
     from onebase.config.settings import Settings
     from onebase.files.result import Result
-    from onebase.measure.evaluate import Scores
     from onebase.train.progress import Plan
 
 
@@ -90,11 +91,11 @@ def _costs(plan: "Plan", title: str) -> "Table":
     return terminal.table(("", title, "full fine-tuning"), rows)
 
 
-def show_result(out: "Console", result: "Result", scores: Mapping[int, "Scores"], run: Path) -> None:
+def show_result(out: "Console", result: "Result", scores: Mapping[int, "Judged"], run: Path, task: str) -> None:
     """Print the loss before and after, what it took, where the adapter is, and what to type next."""
     out.print()
     if result.valid_loss is not None and result.valid_loss_before is not None:
-        out.print(_before_and_after(result, scores))
+        out.print(_before_and_after(result, scores, task))
         out.print()
     memory = f"{terminal.size(result.peak_rss_bytes)} of memory at most"
     if result.peak_device_bytes:
@@ -117,17 +118,20 @@ def show_result(out: "Console", result: "Result", scores: Mapping[int, "Scores"]
     out.print()
     place = shlex.quote(str(run))
     out.print(f"measure it:  onebase eval {place} --data FILE", soft_wrap=True)
-    out.print(f"talk to it:  onebase chat {place}", soft_wrap=True)
+    if task in TOKEN_TASKS:
+        out.print(f"talk to it:  onebase chat {place}", soft_wrap=True)
+    else:
+        out.print(f"use it:      onebase predict {place} --data FILE", soft_wrap=True)
 
 
-def _before_and_after(result: "Result", scores: Mapping[int, "Scores"]) -> "Table":
+def _before_and_after(result: "Result", scores: Mapping[int, "Judged"], task: str) -> "Table":
     """Return the table of the validation rows' scores; accuracies of evaluations in an earlier process are not known."""
     last = result.best_step if result.best_step is not None else result.steps
-    rows = [
-        ("loss", terminal.loss(result.valid_loss_before), terminal.loss(result.valid_loss)),
-        ("perplexity", terminal.perplexity(result.valid_loss_before), terminal.perplexity(result.valid_loss)),
-    ]
     if 0 in scores and last in scores:
-        before, after = (f"{100 * scores[step].token_accuracy:.2f} %" for step in (0, last))
-        rows.append(("token accuracy", before, after))
+        both = zip(named(scores[0]), named(scores[last]), strict=False)
+        rows = [(name, before, after) for (name, before), (_, after) in both]
+    else:
+        before, after = result.valid_loss_before, result.valid_loss
+        rows = [("loss", terminal.loss(before), terminal.loss(after))]
+        rows += [("perplexity", terminal.perplexity(before), terminal.perplexity(after))] * (task in TOKEN_TASKS)
     return terminal.table(("on data.valid", "before", "after"), rows)

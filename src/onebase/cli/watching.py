@@ -21,12 +21,13 @@ from rich.text import Text
 
 from onebase.cli import terminal
 from onebase.cli.rows_report import show_rows
+from onebase.cli.scores import brief
 from onebase.cli.summary import show_plan, show_result
 
 if TYPE_CHECKING:
+    from onebase.cli.scores import Judged
     from onebase.config.settings import Settings
     from onebase.files.result import Result
-    from onebase.measure.evaluate import Scores
     from onebase.train.data import TrainingData
     from onebase.train.progress import Plan, StepRecord
 
@@ -72,7 +73,7 @@ class Watching:
         self._unprinted: list[StepRecord] = []
         self._printed_at = time.monotonic()
         self._held: list[str] = []
-        self._scores: dict[int, Scores] = {}
+        self._scores: dict[int, Judged] = {}
         self._numbers_width = 0
         self.last_saved: Path | None = None
 
@@ -126,13 +127,10 @@ class Watching:
             self._print(self._held.pop(0))
 
     @_outlives_its_terminal
-    def evaluated(self, step: int, scores: "Scores") -> None:
+    def evaluated(self, step: int, scores: "Judged") -> None:
         """Show what an evaluation found, after the step that it followed."""
         self._scores[step] = scores
-        line = (
-            f"{self._place(step)}  valid loss {terminal.loss(scores.loss)}  perplexity {terminal.perplexity(scores.loss)}  "
-            f"token accuracy {100 * scores.token_accuracy:.2f} %"
-        )
+        line = f"{self._place(step)}  valid {brief(scores)}"
         if step > self._step:
             self._held.append(line)
         else:
@@ -152,7 +150,7 @@ class Watching:
 
     def show_result(self, result: "Result") -> None:
         """Show what came of the run, and what to do next."""
-        show_result(self._console, result, self._scores, self._out)
+        show_result(self._console, result, self._scores, self._out, self._settings.task)
 
     def _say_waiting(self, what: str) -> None:
         """Show what is being waited for, where a line can be taken back."""

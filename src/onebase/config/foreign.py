@@ -125,8 +125,7 @@ ABSENT: dict[str, str] = {
     "trackers": f"{_NOT_YET}; the run folder holds metrics.jsonl. Remove it.",
     "report_to": f"{_NOT_YET}; the run folder holds metrics.jsonl. Remove it.",
     "logging_steps": "not needed; metrics.jsonl records every step. Remove it.",
-    "slices": f"{_NOT_YET}; evaluation covers the whole file. Remove it.",
-    "metrics": f"{_NOT_YET}; evaluation gives loss, perplexity and token accuracy. Remove it.",
+    "metrics": f"{_NOT_YET}; evaluation gives all that the task has. Remove it.",
     "quantize": _QUANTIZE,
     "quantization_bit": _QUANTIZE,
     "load_in_4bit": _QUANTIZE,
@@ -156,7 +155,7 @@ ABSENT: dict[str, str] = {
 """A name that has no setting here -> why, and what to do."""
 
 PLANNED: dict[str, frozenset[str]] = {
-    "task": frozenset({"classify", "regress", "token-classify", "image-classify", "seq2seq"}),
+    "task": frozenset({"token-classify", "image-classify", "seq2seq"}),
     "method": frozenset({"adalora", "loha", "lokr", "vera", "oft", "boft", "hra", "fourierft", "vblora", "randlora"})
     | frozenset({"p-tuning", "multitask-prompt-tuning", "adaption-prompt", "xlora", "poly", "bone", "miss", "road"})
     | frozenset({"trainable-tokens", "shira", "c3a", "cpt", "lily", "qlora"}),

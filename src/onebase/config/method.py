@@ -5,7 +5,7 @@ The methods themselves are in methods.py; this file is apart because their group
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -25,6 +25,9 @@ class Method(Section):
     method: str = Field(description="The adapter method.")
     init_from: Path | None = Field(
         default=None, strict=False, description="An adapter or run folder whose weights training starts from."
+    )
+    modules_to_save: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="Other modules that are trained whole and saved with the adapter: names or suffixes."
     )
 
     @property

@@ -99,6 +99,10 @@ class DataSettings(Section):
         description="Role -> column, where the columns have other names: {prompt: question, completion: answer}.",
     )
     labels: Literal["all", "last"] = Field(default="all", description="Which assistant turns of a chat are learned.")
+    label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = Field(
+        default=None,
+        description="With task classify: the classes in the order of their numbers. Default: those of data.train, sorted.",
+    )
     system: str | None = Field(default=None, description="The system message of chats that have none.")
     template: Path | None = Field(
         default=None, strict=False, description="A Jinja chat template to use instead of the model's own."
@@ -149,6 +153,11 @@ class TrainSettings(Section):
     )
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="The share of all steps that warm up.")
     warmup_steps: int | None = Field(default=None, ge=0, description="Steps that warm up, instead of warmup_ratio.")
+    loss: Literal["cross_entropy", "binary_cross_entropy", "squared_error"] | None = Field(
+        default=None,
+        description="The loss of classify and regress. Default: what follows from the labels: cross_entropy for one class, "
+        "binary_cross_entropy for several, squared_error for numbers.",
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay on the adapter.")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0 is off.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
@@ -217,6 +226,9 @@ class EvalSettings(Section):
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto", description="Tokens per forward in evaluation; changes memory and speed, never the result."
     )
+    slices: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="Columns of the rows by whose values classify and regress are measured, too."
+    )
 
 
 def _of_its_method(value: object) -> object:
@@ -233,6 +245,26 @@ def _of_its_method(value: object) -> object:
         problem = Problem(("method",), f"must be {rule}, got {show(name)}.{advice('method', rule, name)}")
         raise ConfigError(str(problem), [problem])
     return METHODS[name](**value)
+
+
+_LOSSES = {
+    "classify": ("cross_entropy", "binary_cross_entropy", "squared_error"),
+    "regress": ("squared_error",),
+}
+
+
+def _of_other_tasks(task: object, data: object, train: object) -> Iterator[Problem]:
+    """Yield settings that mean something for another task than the one there is."""
+    chats = ("labels", "system", "template") if task in ("text", *_LOSSES) else ()
+    for name in chats:
+        if given(data, name):
+            yield Problem(("data", name), f"is for chats, but task is {show(task)}. Remove it, or write task: chat")
+    if given(data, "label_names") and task != "classify":
+        yield Problem(("data", "label_names"), f"is for task: classify, but task is {show(task)}. Remove it.")
+    loss = take(train, "loss")
+    if loss is not None and loss not in _LOSSES.get(str(task), ()):
+        known = ", ".join(_LOSSES.get(str(task), ())) or "none; tokens are learned by cross-entropy"
+        yield Problem(("train", "loss"), f"{show(loss)} is no loss of task {show(task)} ({known}). Remove it.")
 
 
 class Settings(Section):
@@ -252,8 +284,10 @@ class Settings(Section):
     device: Annotated[str, Means("'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")] = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Where to compute: auto, cpu, cuda, mps."
     )
-    task: Literal["chat", "text"] = Field(
-        default="chat", description="What a row is: a chat with turns to learn, or plain text."
+    task: Literal["chat", "text", "classify", "regress"] = Field(
+        default="chat",
+        description="What a row is: a chat with turns to learn, plain text, a text with its class or classes, or a text "
+        "with a number.",
     )
     data: DataSettings = Field(description="The rows.", examples=["{train: train.jsonl}"])
     adapter: Annotated[AdapterSettings, BeforeValidator(_of_its_method)] = Field(
@@ -274,10 +308,7 @@ class Settings(Section):
                         f"needs rows to evaluate on, but data.valid is not given; got {show(take(train, name))}. "
                         "Add, for example: data.valid: 0.05",
                     )
-        if values.get("task") == "text":
-            for name in ("labels", "system", "template"):
-                if given(data, name):
-                    yield Problem(("data", name), "is for chats, but task is 'text'. Remove it, or write task: chat")
+        yield from _of_other_tasks(values.get("task", "chat"), data, train)
 
     def resolved(self) -> "Settings":
         """Return equal settings in which what the adapter method decides is written down."""

@@ -89,9 +89,6 @@ class Targeted(Method):
     layers_pattern: BlockLists | None = Field(
         default=None, description="The name of the list of blocks, where it is not found by itself."
     )
-    modules_to_save: Annotated[list[str], Field(min_length=1)] | None = Field(
-        default=None, description="Other modules that are trained whole and saved with the adapter: names or suffixes."
-    )
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -24,7 +24,8 @@ class FlatBatch:
     """Examples end to end: `token_ids` (tokens,), how they hang together, and what is to be predicted where.
 
     `label_rows[i]` is the token whose hidden state predicts `label_ids[i]`; both are (labels,), in token order.
-    `examples` are the numbers of the examples in their data set, in order.
+    `examples` are the numbers of the examples in their data set, in order. Where each example has a target, `targets`
+    holds them, `label_ids` is empty, and `label_rows` are the examples' last tokens.
     """
 
     token_ids: Tensor
@@ -32,11 +33,12 @@ class FlatBatch:
     label_rows: Tensor
     label_ids: Tensor
     examples: tuple[int, ...]
+    targets: Tensor | None = None
 
     @property
     def label_count(self) -> int:
-        """Number of labelled tokens."""
-        return int(self.label_ids.shape[0])
+        """Number of labelled tokens, or of examples where each has a target."""
+        return int(self.label_rows.shape[0])
 
 
 def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
@@ -121,10 +123,15 @@ def flatten(
         pieces += [(virtual, unlabelled)] if before else []
         pieces.append((example.token_ids.astype(np.int64), example.labelled))
     token_ids = torch.from_numpy(np.concatenate([ids for ids, _ in pieces]))
+    layout = Layout([*root, *nodes])
+    if examples[0].target is not None:
+        ends = [layout.starts[i] + layout.nodes[i].length - 1 for i in layout.leaves]
+        targets = torch.from_numpy(np.asarray([example.target for example in examples]))
+        return FlatBatch(token_ids, layout, torch.tensor(ends), token_ids[:0], tuple(int(n) for n in numbers), targets)
     label_places = torch.from_numpy(np.flatnonzero(np.concatenate([labelled for _, labelled in pieces])))
     return FlatBatch(
         token_ids=token_ids,
-        layout=Layout([*root, *nodes]),
+        layout=layout,
         label_rows=label_places - 1,  # a token is predicted by the one before it; an example's first is never labelled
         label_ids=token_ids[label_places],
         examples=tuple(int(n) for n in numbers),

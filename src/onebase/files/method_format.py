@@ -55,6 +55,7 @@ class Format:
     Attributes:
         endings: what stands behind a module's path in the names of its tensors, as regular expressions.
         single: the name of the only tensor of a method that is on no module.
+        prefix: what stands before the names of modules.
         write: settings and placement -> fields.
         read: checked fields and content -> the values of settings.
         problems: tensors and checked fields -> what keeps them from being such an adapter.
@@ -67,6 +68,7 @@ class Format:
     read: Callable[[Mapping[str, Any], Content], dict[str, Any]]
     endings: tuple[str, ...] = ()
     single: str | None = None
+    prefix: str = "base_model.model."
     needed: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     without_effect: frozenset[str] = frozenset()

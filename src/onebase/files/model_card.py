@@ -15,7 +15,12 @@ from onebase.base.packages import PACKAGES
 
 CARD_NAME = "README.md"
 _OURS_ALONE = ("bitfit", "bottleneck", "full")  # methods that PEFT has no format for
-_PIPELINES = {"chat": "text-generation", "text": "text-generation"}  # onebase's task: the hub's pipeline
+_PIPELINES = {  # onebase's task: the hub's pipeline
+    "chat": "text-generation",
+    "text": "text-generation",
+    "classify": "text-classification",
+    "regress": "text-classification",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def _training(facts: CardFacts) -> str:
         "",
         f"{facts.steps:,} steps on {facts.examples:,} examples ({facts.tokens:,} tokens).",
         "",
-        "| loss, mean over labelled tokens | |",
+        f"| loss, mean over {'examples' if facts.task in ('classify', 'regress') else 'labelled tokens'} | |",
         "|---|---|",
         f"| training, whole run | {facts.train_loss:.4f} |",
     ]
@@ -147,6 +152,14 @@ def _how_to_load(facts: CardFacts) -> str:
     opening = f'from_pretrained("{base}")  # a name on the hub, or its folder'
     if facts.base in PACKAGES:  # a name of onebase's own, which transformers does not know
         opening = f'from_pretrained(onebase.model_path("{base}"))'
+    labelled = facts.task in ("classify", "regress")
+    kind = "AutoModelForSequenceClassification" if labelled else "AutoModelForCausalLM"
+    if labelled:  # the folder's config.json names the classes
+        opening = (
+            opening.replace('")', '", config=config)', 1)
+            if opening.startswith('from_pretrained("')
+            else (f'from_pretrained(onebase.model_path("{base}"), config=config)')
+        )
     with_peft = [
         "",
         "With peft:",
@@ -154,9 +167,10 @@ def _how_to_load(facts: CardFacts) -> str:
         "```python",
         *(["import onebase"] if facts.base in PACKAGES else []),
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {'AutoConfig, ' if labelled else ''}{kind}, AutoTokenizer",
         "",
-        f"base = AutoModelForCausalLM.{opening}",
+        *(['config = AutoConfig.from_pretrained("ADAPTER")  # the names of the classes'] if labelled else []),
+        f"base = {kind}.{opening}",
         'model = PeftModel.from_pretrained(base, "ADAPTER")',
         'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
         "```",
@@ -168,7 +182,7 @@ def _how_to_load(facts: CardFacts) -> str:
             "With onebase, in the terminal; `ADAPTER` is this folder:",
             "",
             "```",
-            "onebase chat ADAPTER",
+            "onebase predict ADAPTER --data FILE" if labelled else "onebase chat ADAPTER",
             "```",
             *(["", "Other tools do not know this method."] if facts.method in _OURS_ALONE else with_peft),
         ]

@@ -93,7 +93,7 @@ _NO_SHAPES = {"num_attention_heads": None, "num_layers": None, "num_transformer_
 def _write_prompt(settings: PromptTuning, placement: Placement) -> dict[str, Any]:
     # RANDOM: with TEXT peft would open a tokenizer to make first values that these tensors replace.
     return _NO_SHAPES | {
-        "modules_to_save": None,
+        "modules_to_save": list(placement.modules_to_save) or None,
         "num_virtual_tokens": settings.num_virtual_tokens,
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
@@ -104,10 +104,14 @@ def _write_prefix(settings: PrefixTuning, placement: Placement) -> dict[str, Any
     # no projection: the tensor is what it made, and peft would begin another one to train it further
     return _NO_SHAPES | {
         "encoder_hidden_size": None,
-        "modules_to_save": None,
+        "modules_to_save": list(placement.modules_to_save) or None,
         "num_virtual_tokens": settings.num_virtual_tokens,
         "prefix_projection": False,
     }
+
+
+def _read_virtual(config: Mapping[str, Any], content: Content) -> dict[str, Any]:
+    return {"num_virtual_tokens": config["num_virtual_tokens"], "modules_to_save": list(content.saved) or None}
 
 
 def _prompt_problems(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
@@ -121,10 +125,8 @@ def _prompt_problems(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 def _refuse_two_stacks(config: Mapping[str, Any]) -> list[str]:
     """Return that virtual tokens of an encoder-decoder lie in both of its stacks, which is not computed here."""
-    if (config.get("num_transformer_submodules") or 1) == 1 and not config.get("modules_to_save"):
+    if (config.get("num_transformer_submodules") or 1) == 1:
         return []
-    if config.get("modules_to_save"):
-        return ["modules_to_save: whole modules beside virtual tokens are not read by this onebase."]
     return ["num_transformer_submodules: virtual tokens in both stacks of an encoder-decoder are not read."]
 
 
@@ -133,8 +135,9 @@ PROMPT_TUNING = Format(
     settings=PromptTuning,
     rules=_VIRTUAL,
     write=_write_prompt,
-    read=lambda config, content: {"num_virtual_tokens": config["num_virtual_tokens"], "prompt_tuning_init": "RANDOM"},
+    read=lambda config, content: _read_virtual(config, content) | {"prompt_tuning_init": "RANDOM"},
     single=PROMPT,
+    prefix="base_model.",
     needed=frozenset({"num_virtual_tokens"}),
     without_effect=_SHAPES | {"prompt_tuning_init", "prompt_tuning_init_text"},
     refuse=_refuse_two_stacks,
@@ -146,9 +149,9 @@ PREFIX_TUNING = Format(
     settings=PrefixTuning,
     rules={**_VIRTUAL, "prefix_projection": (is_flag, "true or false")},
     write=_write_prefix,
-    # what the projection makes is stored, not the projection
-    read=lambda config, content: {"num_virtual_tokens": config["num_virtual_tokens"]},
+    read=_read_virtual,  # what the projection makes is stored, not the projection
     single=PROMPT,
+    prefix="base_model.",
     needed=frozenset({"num_virtual_tokens"}),
     without_effect=_SHAPES | {"encoder_hidden_size", "init_weights"},
     refuse=_refuse_two_stacks,

@@ -26,7 +26,7 @@ from onebase.files.model_card import CARD_NAME
 from onebase.files.peft_config import CONFIG_NAME, FORMAT_OF, config_for, read_config, settings_of
 from onebase.files.record import RECORD_NAME, AdapterRecord, read_record
 from onebase.files.tensor_file import read_tensors, write_tensors
-from onebase.files.tensor_names import PREFIX, name_tensors, tensor_problems
+from onebase.files.tensor_names import name_tensors, tensor_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ def write_adapter(
     problems = tensor_problems(form, config, tensors)
     if problems:
         raise FileFormatError(list_problems(f"the adapter for {folder}, nothing was written", problems, shown=_SHOWN))
-    keys = {name if name == form.single else PREFIX + name: tensor for name, tensor in tensors.items()}
+    keys = {name if name == form.single else form.prefix + name: tensor for name, tensor in tensors.items()}
     with new_folder(folder, writing="the adapter") as new:
         write_tensors(new / TENSORS_NAME, keys)
         write_synced(new / CONFIG_NAME, to_json(config))
@@ -109,7 +109,7 @@ def _beside(folder: Path) -> list[str]:
     try:
         there = Path(os.path.realpath(folder))
         names = sorted(path.name for path in there.iterdir()) if there.is_dir() else []
-        large = [name for name in names if CONFIG_NAME not in names or name == "config.json" or (there / name).is_dir()]
+        large = [name for name in names if CONFIG_NAME not in names or _is_model(name) or (there / name).is_dir()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: no folder for an adapter: {error}. Choose another one.") from error
     if Path.cwd().is_relative_to(there):
@@ -129,6 +129,11 @@ def _check_nothing_lost(there: Path, other: list[str]) -> None:
             f"{there}: holds what is no adapter's ({', '.join(other[:3])}{more}), and saving would remove it. Name a new "
             "folder, or move those files away."
         )
+
+
+def _is_model(name: str) -> bool:
+    """Return whether a file holds a model's own weights, or says where they are."""
+    return name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json"))
 
 
 def read_adapter(path: Path) -> StoredAdapter:

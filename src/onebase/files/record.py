@@ -6,9 +6,10 @@ then nobody can tell whether the base is the right one.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onebase
+from onebase.config.labels import Labels, Problem
 from onebase.files.json_file import check_fields, check_schema, is_int, plain_fields, read_json, to_json
 
 RECORD_NAME = "onebase.json"
@@ -24,11 +25,19 @@ def _is_text_or_null(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_labels(value: Any) -> bool:
+    if value is None:
+        return True
+    names = value.get("names") if isinstance(value, dict) else None
+    return isinstance(names, list) and all(map(_is_text, names)) and value.get("problem") in get_args(Problem)
+
+
 _RULES = {
     "base": (_is_text, "text, the base's name"),
     "base_fingerprint": (_is_text_or_null, "text or null"),
     "base_revision": (_is_text_or_null, "text or null"),
     "dtype": (_is_text, "text, such as 'float32'"),
+    "labels": (_is_labels, "the problem and the names of what is predicted, or null"),
     "extras": (lambda value: isinstance(value, dict), "an object"),
     "method": (_is_text, "text, such as 'lora'"),
     "onebase_version": (_is_text, "text"),
@@ -50,8 +59,15 @@ class AdapterRecord:
     method: str = "lora"
     task: str = "chat"
     seed: int | None = None
+    labels: dict[str, Any] | None = None
+    """What a task on whole examples predicts, as the fields of `Labels`; None for other tasks."""
     extras: dict[str, Any] = field(default_factory=dict)
     onebase_version: str = onebase.__version__
+
+    @property
+    def what_is_predicted(self) -> Labels | None:
+        """The labels of a task on whole examples."""
+        return None if self.labels is None else Labels(self.labels["problem"], tuple(self.labels["names"]))
 
     def to_text(self) -> str:
         """Return the file's text; the same record gives the same bytes."""
@@ -69,5 +85,6 @@ def read_record(folder: Path) -> AdapterRecord | None:
         return None
     content = read_json(path, todo=_TODO)
     check_schema(path, content, known=_SCHEMA_VERSION, todo=_TODO)
+    content.setdefault("labels", None)  # records from before there were such tasks
     check_fields(path, content, _RULES, todo=_TODO)
     return AdapterRecord(**{name: content[name] for name in _RULES})

@@ -1,6 +1,6 @@
 """The names of an adapter file's tensors: PEFT's keys to the bank's names, and what each of them belongs to.
 
-The bank's names are PEFT's keys without "base_model.model." in front. A file may also hold modules that are trained
+The bank's names are PEFT's keys without "base_model.model." in front ("base_model." for virtual tokens). A file may also hold modules that are trained
 whole (modules_to_save) under their plain names, and, where PEFT saw an embedding among the targets or a resized
 vocabulary, copies of the base's own weights.
 """
@@ -17,7 +17,6 @@ from onebase.files.method_format import Content, Format
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX = "base_model.model."
 _ADAPTER_IN_KEY = re.compile(r"(.+\.lora_[AB])\.(?P<adapter>[^.]+)(\.weight)")
 
 
@@ -36,7 +35,7 @@ def name_tensors(form: Format, config: Mapping[str, Any], stored: Mapping[str, T
     copies: dict[str, Tensor] = {}
     paths, saved, adapters, problems = set(), set(), set(), []
     for key, tensor in stored.items():
-        name, adapter = _plain(key)
+        name, adapter = _plain(key, form.prefix)
         adapters.add(adapter)
         whole = saved_module(name, config.get("modules_to_save") or ())
         module = form.module_of(name)
@@ -92,9 +91,9 @@ def _tied_again(own: Mapping[str, Tensor], copies: dict[str, Tensor], saved: Ite
     return {name: copies.pop(name) for name in twice}
 
 
-def _plain(key: str) -> tuple[str, str]:
+def _plain(key: str, prefix: str) -> tuple[str, str]:
     """Return the bank's name of a key, and the adapter's name that old files have in it."""
-    name = key.removeprefix(PREFIX)
+    name = key.removeprefix(prefix)
     found = _ADAPTER_IN_KEY.fullmatch(name)
     if found:
         return found[1] + found[3], found["adapter"]

@@ -12,7 +12,7 @@ that an example's arithmetic is the same whatever it shares a batch with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -108,6 +108,28 @@ class Layout:
             for seed, node, depth in zip(seeds, self.nodes, self.depths, strict=True)
         ]
         return torch.cat(pieces)
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """The nodes that are nobody's parent: the examples."""
+        parents = {node.parent for node in self.nodes}
+        return tuple(index for index in range(len(self.nodes)) if index not in parents)
+
+    def example_rows(self, without: Collection[int] = ()) -> list[Int64[Tensor, " tokens"]]:
+        """Return the flat rows of each example's tokens, its ancestors' first.
+
+        Args:
+            without: the starts of nodes whose virtual tokens are left out.
+        """
+        found = []
+        for leaf in self.leaves:
+            index, rows = leaf, list[int]()
+            while index != NO_PARENT:
+                node, start = self.nodes[index], self.starts[index]
+                rows = [*range(start + (node.virtual if start in without else 0), start + node.length), *rows]
+                index = node.parent
+            found.append(torch.tensor(rows))
+        return found
 
     def ancestor_rows(self, index: int) -> list[int]:
         """Return the flat rows of the tokens that come before node `index` in its example, first to last."""

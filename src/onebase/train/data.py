@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from onebase.config.labels import Labels
 from onebase.config.settings import DEFAULT_MAX_LENGTH, SHORTEST_MAX_LENGTH, DataPart, DataSettings
-from onebase.data.examples import Examples, Report, build_examples
+from onebase.data.building import build_examples
+from onebase.data.examples import Examples, Report
+from onebase.data.labelled import find_labels
 from onebase.data.reading import read_rows
 from onebase.data.rows import Row, split_by_hash
 from onebase.errors import ConfigError, ModelError
+
+WHOLE_EXAMPLES = ("classify", "regress")
+"""The tasks whose labels are of whole examples."""
 
 
 class Reader(Protocol):
@@ -33,6 +39,10 @@ class Reader(Protocol):
     def embedding_rows(self) -> int | None:
         """How many token ids it knows; None where its weights are not open."""
 
+    @property
+    def labels(self) -> Labels | None:
+        """What its head for whole examples predicts; None without one."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -49,6 +59,17 @@ class TrainingData:
 
     train: Prepared
     valid: Prepared | None
+
+
+def labels_in(settings: DataSettings, task: str) -> Labels | None:
+    """Return what the rows to learn from are labelled with; None where a task has no labels of whole examples.
+
+    Raises:
+        DataError: there are no labels, or a single class.
+    """
+    if task not in WHOLE_EXAMPLES:
+        return None
+    return find_labels(_rows(settings.train, settings), task, settings.label_names or ())
 
 
 def load_data(settings: DataSettings, task: str, base: Reader, virtual_tokens: int = 0) -> TrainingData:
@@ -102,10 +123,15 @@ def prepare(
     """
     if base.tokenizer is None:
         raise ConfigError(f"{base.name} has no tokenizer, so task {task!r} cannot read its rows. Choose another model.")
+    classes = base.labels if task in WHOLE_EXAMPLES else None
+    if classes is None and task in WHOLE_EXAMPLES:
+        raise ConfigError(
+            f"task: {base.name} has no head for task {task!r}. Open it with labels: load(name, labels=...)"
+        )
     examples, report = build_examples(
         rows,
         base.tokenizer,
-        task=task,
+        task=classes or task,
         max_length=max_length_of(settings, base, virtual_tokens),
         labels=settings.labels,
         system=settings.system,

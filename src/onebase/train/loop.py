@@ -12,7 +12,7 @@ from typing import Any
 from onebase.data.examples import Examples
 from onebase.errors import TrainingError
 from onebase.files.run_folder import RunFolder
-from onebase.measure.evaluate import evaluate
+from onebase.measure.judge import score
 from onebase.train import checks
 from onebase.train.member import Member
 from onebase.train.progress import Progress
@@ -85,7 +85,14 @@ class Loop:
         """
         if self.valid is None:
             return None
-        scores = evaluate(self.member.bank, self.member.adapter.name, self.valid, batch_tokens=self.evaluation_tokens)
+        member = self.member
+        scores = score(
+            member.bank,
+            member.adapter.name,
+            self.valid,
+            batch_tokens=self.evaluation_tokens,
+            objective=member.settings.loss,
+        )
         checks.check_validation(scores.loss, self.member.books.step)
         self.progress.evaluated(self.member.books.step, scores)
         return scores.loss

@@ -97,7 +97,7 @@ class Member:
         loss_sum = 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            total, rows = forward_loss(self.bank, batch, 1 / labels, dropout_step=step)
+            total, rows = forward_loss(self.bank, batch, 1 / labels, dropout_step=step, objective=settings.loss)
             checks.check_losses(rows, batch, self.examples, step + 1)
             total.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(rows.loss.double().sum())

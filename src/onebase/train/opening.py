@@ -15,12 +15,14 @@ from onebase.adapters.layer import frozen_module
 from onebase.adapters.matching import for_path, lies_in, matches
 from onebase.base import pretrained
 from onebase.base.model import Base, load
+from onebase.config.labels import Labels
 from onebase.config.methods import AdapterSettings, Lora
 from onebase.errors import FileFormatError, ModelError
 from onebase.files.peft_format import StoredAdapter, read_adapter
 from onebase.train.completeness import check_complete
 
 ADAPTER = "adapter"
+_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,31 @@ def open_adapter(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        labels=labels_of(stored),
     )
     return OpenedAdapter(*put_on(base, stored, allow_base_mismatch=allow_base_mismatch), stored)
+
+
+def labels_of(stored: StoredAdapter) -> Labels | None:
+    """Return what an adapter's own head predicts; None without one.
+
+    PEFT's files hold the head and no names: they are then those that transformers gives.
+    """
+    if stored.record is not None:
+        return stored.record.what_is_predicted
+    if stored.config.get("task_type") != "SEQ_CLS":
+        return None
+    heads = [
+        tensor
+        for name, tensor in stored.tensors.items()
+        if re.search(r"(^|\.)(classifier|score)\.(.*\.)?weight$", name)
+    ]
+    if not heads:
+        return None
+    count = int(heads[-1].shape[0])
+    if count == 1:
+        return Labels("regression")
+    return Labels("single_label_classification", tuple(f"LABEL_{number}" for number in range(count)))
 
 
 def put_on(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool = False) -> tuple[Bank, Adapter]:
@@ -94,7 +119,7 @@ def with_present_paths(base: Base, stored: StoredAdapter) -> StoredAdapter:
     """
     there = {name.replace(".base_layer", "") for name, _ in base.model.named_modules()}
     tensors = {**stored.tensors, **stored.base_copies}
-    kept = getattr(stored.settings, "modules_to_save", None) or ()
+    kept = stored.settings.modules_to_save or ()
     named = (*stored.module_paths, *kept, *(name.rpartition(".")[0] for name in tensors))
     gone = dict.fromkeys(plain for path in named if (plain := path.replace(".base_layer", "")) not in there)
     moved = {old: new for old in gone if (new := pretrained.renamed_path(base.model, old)) in there}
@@ -167,6 +192,7 @@ def check_base(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool) 
     Raises:
         FileFormatError: the fingerprints differ, unless `allow_base_mismatch`.
     """
+    _check_labels(base, stored)
     _check_copies(base, stored)
     record = stored.record
     if record is None or record.base_fingerprint in (None, base.fingerprint) or allow_base_mismatch:
@@ -176,6 +202,24 @@ def check_base(base: Base, stored: StoredAdapter, *, allow_base_mismatch: bool) 
         f"but {base.name} has weights {base.fingerprint[:12]}. Open it on its own base (--model), or pass "
         "--allow-base-mismatch if the difference is meant."
     )
+
+
+def _check_labels(base: Base, stored: StoredAdapter) -> None:
+    """Raise if an adapter brings a head for other labels than the base is open for.
+
+    Raises:
+        FileFormatError: what it predicts, and how to open the base for it.
+    """
+    own = labels_of(stored)
+    if stored.record is None and own is not None and base.labels is not None and own.outputs == base.labels.outputs:
+        return  # PEFT's files have no names
+    if own is not None and own != base.labels:
+        names = ", ".join(own.names[:_SHOWN_NAMES]) + (", ..." if len(own.names) > _SHOWN_NAMES else "")
+        raise FileFormatError(
+            f"{stored.folder}: the adapter brings a head for {own.outputs} outputs ({own.problem.replace('_', ' ')}"
+            f"{f': {names}' if names else ''}), and {base.name} is not open for that. Open it with these labels: "
+            "load(name, labels=...)."
+        )
 
 
 def _check_copies(base: Base, stored: StoredAdapter) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from onebase.measure.evaluate import Scores
+from onebase.measure.judge import TaskScores
 from onebase.train.data import TrainingData
 
 
@@ -75,7 +76,7 @@ class Progress(Protocol):
     def stepped(self, record: StepRecord) -> None:
         """A step is done."""
 
-    def evaluated(self, step: int, scores: Scores) -> None:
+    def evaluated(self, step: int, scores: Scores | TaskScores) -> None:
         """The validation rows were scored after `step` steps."""
 
     def saved(self, path: Path) -> None:
@@ -97,7 +98,7 @@ class Quiet:
     def stepped(self, record: StepRecord) -> None:
         """Do nothing."""
 
-    def evaluated(self, step: int, scores: Scores) -> None:
+    def evaluated(self, step: int, scores: Scores | TaskScores) -> None:
         """Do nothing."""
 
     def saved(self, path: Path) -> None:

@@ -36,8 +36,10 @@ from onebase.files.result import Result, read_result
 from onebase.files.run_folder import RunFolder, run_bytes
 from onebase.measure.evaluate import EVALUATION_TOKENS
 from onebase.ops import bits
+from onebase.ops.objective import objectives_of
 from onebase.train.capacity import fit_budget
-from onebase.train.data import TrainingData, load_data
+from onebase.train.centring import centre_regression_
+from onebase.train.data import TrainingData, labels_in, load_data
 from onebase.train.loop import Loop, restore_best_
 from onebase.train.member import Member
 from onebase.train.opening import ADAPTER, fitted
@@ -105,6 +107,7 @@ def _prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
+        labels=labels_in(settings.data, settings.task),
     )
     bank = Bank(base)
     adapter = add_adapter(bank, settings)
@@ -191,14 +194,39 @@ def _check_same_scaling(adapter: Adapter, stored: Lora, source: Path) -> None:
             )
 
 
+def _remark_on_loss(job: Job) -> tuple[str, ...]:
+    """Return what a user should know of the loss that a job's settings ask for.
+
+    Raises:
+        ConfigError: the labels have no such loss.
+    """
+    asked, labels = job.settings.loss, job.bank.base.labels
+    if asked is None or labels is None or job.train.targets is None:
+        return ()
+    known = objectives_of(labels.problem)
+    if asked not in known:
+        raise ConfigError(
+            f"train.loss: {asked} is no loss for these labels ({labels.problem.replace('_', ' ')}). Write {' or '.join(known)}."
+        )
+    if asked == known[0]:
+        return ()
+    return (
+        f"train.loss: with {asked} the gradient vanishes where the model is sure and wrong (it has the factor p (1 - p)); "
+        f"{known[0]} has p - y there",
+    )
+
+
 def start(job: Job, folder: RunFolder | None, checkpoint: Checkpoint | None, progress: Progress) -> Member:
     """Return the member, restored from the checkpoint if there is one, with memory and disk tried; announce the plan."""
     identity = identity_of(job)
+    _remark_on_loss(job)  # a loss that these labels cannot have is told before anything is tried
     if checkpoint is None:
         budget = _fit(job, job.settings.micro_batch_tokens)
     else:
         _check_identity(checkpoint, identity, progress)
         budget = _budget_of_before(job, int(checkpoint.state["micro_batch_tokens"]))
+    if checkpoint is None:
+        centre_regression_(job.bank.base, job.adapter, job.train)
     member = Member(job.bank, job.adapter, job.train, job.settings, shuffle=job.shuffle, budget=budget)
     if checkpoint is not None:
         member.load_state(checkpoint.tensors, checkpoint.state["books"], checkpoint.best)
@@ -317,6 +345,7 @@ def _plan(job: Job, member: Member) -> Plan:
         layout=job.bank.base.layout_kind,
         warnings=(
             *job.adapter.warnings,
+            *_remark_on_loss(job),
             *never_due(
                 member.schedule.total_steps,
                 warmup_steps=member.schedule.warmup_steps,

@@ -14,10 +14,11 @@ from onebase.adapters.ia3 import Ia3Input
 from onebase.adapters.layer import frozen_module
 from onebase.adapters.lora import settings_in_file
 from onebase.adapters.matching import matches
+from onebase.base import pretrained
 from onebase.base.model import Base
 from onebase.config.methods import Lora
 from onebase.config.settings import INSTEAD_OF, DataSettings, Settings
-from onebase.data.examples import read_template
+from onebase.data.building import read_template
 from onebase.files.atomic import write_synced
 from onebase.files.method_format import Placement
 from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, model_card
@@ -64,6 +65,14 @@ def write(
 
     `reading` is how its rows were read (`reading_of`), so that whoever asks it later asks as in training.
     """
+    labels = base.labels if base.own_heads else None
+
+    def fill_all(new: Path) -> None:
+        if labels is not None:  # transformers' own way to know the classes: AutoConfig.from_pretrained(folder)
+            write_synced(new / "config.json", pretrained.config_text(base.model))
+        if fill is not None:
+            fill(new)
+
     write_adapter(
         folder,
         settings_in_file(adapter.settings) if isinstance(adapter.settings, Lora) else adapter.settings,
@@ -78,9 +87,10 @@ def write(
             method=adapter.settings.method,
             task=task,
             seed=adapter.seed,
+            labels=None if labels is None else {"problem": labels.problem, "names": list(labels.names)},
             extras={"data": dict(reading)} if reading else {},
         ),
-        fill=fill,
+        fill=fill_all,
     )
     return (folder / TENSORS_NAME).stat().st_size
 
@@ -100,7 +110,7 @@ def placement_of(base: Base, adapter: Adapter) -> Placement:
         wanted = replace(wanted, layers_to_transform=None, layers_pattern=None)
     targets = name_targets(paths, names, wanted)
     feedforward = {part.path for part in adapter.parts if isinstance(part, Ia3Input)}
-    kept = getattr(settings, "modules_to_save", None) or ()
+    kept = settings.modules_to_save or ()
     saved = [part.path for part in adapter.parts if any(matches(name, part.path) for name in kept)]
     experts = (part for part in adapter.parts if isinstance(part, ExpertsPart))
     kinds = {type(frozen_module(base.model, path)).__name__ for path in paths}

@@ -1,0 +1,178 @@
+"""Rows for tasks on whole examples: a text and its label (classify) or its target (regress).
+
+`find_labels` reads what classes there are; `Labelled` makes the examples. A label is a name, a whole number or a truth
+value; a list of them means that an example may have several. Texts longer than `max_length` lose their end, and are
+counted. All that is wrong with a row is a bad row, with its place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onebase.config.labels import Labels
+from onebase.data.examples import Example, Examples, Report
+from onebase.data.rows import BadRow, Fault, Row
+from onebase.data.shapes import text_of
+from onebase.data.tokens import Tokenizer, encode
+from onebase.errors import DataError, list_problems
+
+_SHOWN_CLASSES = 8
+
+
+def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> Labels:
+    """Return what rows are labelled with; `names` are the classes in their order, where they are given.
+
+    Otherwise they are those of the rows: numbers in their order, names in the alphabet's.
+
+    Raises:
+        DataError: no row has a label, all have the same one, or some have a list of them and others have not.
+    """
+    if task == "regress":
+        return Labels("regression")
+    found: dict[str, Any] = {}
+    lists, places = set(), []
+    for row in rows:
+        value = None if row.fault else row.values.get("label")
+        if value is None:
+            continue
+        lists.add(isinstance(value, list))
+        places.append(row.place)
+        for one in value if isinstance(value, list) else [value]:
+            if _is_label(one):
+                found.setdefault(str(one), one)
+    if len(lists) > 1:
+        raise DataError(
+            "'label' is a list in some rows and a single class in others. Write it one way: a list in every row means "
+            "that a row may have several classes."
+        )
+    if not places:
+        raise DataError("no row has a 'label'. Name the column: data.columns: {label: COLUMN}")
+    if not names:
+        plain = all(isinstance(one, int) for one in found.values())
+        names = sorted(found, key=int if plain and not any(isinstance(o, bool) for o in found.values()) else str)
+        if len(names) < 2 and lists != {True}:
+            raise DataError(
+                f"every row has the label {names[0] if names else 'null'!r}: with one class there is nothing to learn. Add rows "
+                "of other classes, or name them all: data.label_names"
+            )
+    return Labels("multi_label_classification" if lists == {True} else "single_label_classification", tuple(names))
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | int) and value != ""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The way of the tasks classify and regress; where nothing is `wanted`, rows to be labelled need no label."""
+
+    tokenizer: Tokenizer
+    labels: Labels
+    max_length: int | None
+    report: Report
+    wanted: bool = True
+
+    def make(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[Example] | Fault]]:
+        """Yield each row with its example, or with why it has none."""
+        read = [self._read(row) for row in rows]
+        texts = [outcome[0] for outcome in read if not isinstance(outcome, Fault)]
+        whole = iter(encode(texts, self.tokenizer, special=True))
+        for row, outcome in zip(rows, read, strict=True):
+            if isinstance(outcome, Fault):
+                yield row, outcome
+                continue
+            text, target, rest = outcome
+            ids = next(whole).token_ids
+            if self.max_length is not None and len(ids) > self.max_length:
+                self.report.truncated += 1
+                ids = self._cut(text)
+            if not len(ids):
+                yield row, Fault("a text without tokens", "the tokenizer makes no token of the text.")
+                continue
+            yield row, [Example(ids, np.zeros(len(ids), dtype=np.bool_), row.place, rest, target)]
+
+    def _cut(self, text: str) -> Any:
+        """Return the first tokens of a text, with what the tokenizer puts at both ends."""
+        cut = self.tokenizer(text, truncation=True, max_length=self.max_length, verbose=False)
+        return np.asarray(cut["input_ids"], dtype=np.int32)
+
+    def _read(self, row: Row) -> tuple[str, Any, dict[str, Any]] | Fault:
+        if row.fault:
+            return row.fault
+        try:
+            text, rest = text_of(row.values)
+            if not self.wanted:
+                return text, 0, rest
+            if self.labels.problem == "regression":
+                return text, _number(rest.get("target")), rest
+            return text, self._classes(rest.get("label")), rest
+        except BadRow as bad:
+            return bad.fault
+
+    def _classes(self, value: Any) -> Any:
+        """Return the number of a row's class, or a one for each class that it has."""
+        several = self.labels.problem == "multi_label_classification"
+        if value is None:
+            raise BadRow("no label", "'label' is missing. Name its column: data.columns: {label: COLUMN}")
+        if several != isinstance(value, list):
+            raise BadRow(
+                "a label of the wrong type",
+                f"'label' must be {'a list of classes' if several else 'one class'}, got {type(value).__name__}.",
+            )
+        if not several:
+            return self._class(value)
+        target = np.zeros(self.labels.outputs, dtype=np.float32)
+        target[[self._class(one) for one in value]] = 1
+        return target
+
+    def _class(self, value: Any) -> int:
+        names = self.labels.names
+        if not _is_label(value):
+            raise BadRow("a label of the wrong type", f"'label' must be a name or a whole number, got {value!r}.")
+        if str(value) in names:
+            return names.index(str(value))
+        close = difflib.get_close_matches(str(value), names, 1)
+        some = ", ".join(names[:_SHOWN_CLASSES]) + (", ..." if len(names) > _SHOWN_CLASSES else "")
+        raise BadRow(
+            "an unknown label",
+            f"label {str(value)!r} is none of the {len(names)} classes that are learned ({some})"
+            f"{f'; closest is {close[0]!r}' if close else ''}. Correct it, add rows of it to data.train, or set "
+            "data.on_bad_row: skip.",
+        )
+
+
+def _number(value: Any) -> float:
+    """Return a row's target."""
+    if value is None:
+        raise BadRow("no target", "'target' is missing. Name its column: data.columns: {target: COLUMN}")
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise BadRow("a target that is no number", f"'target' must be a number, got {value!r}.") from None
+    if not math.isfinite(number):
+        raise BadRow("a target that is no number", f"'target' must be a finite number, got {value!r}.")
+    return number
+
+
+def examples_to_label(rows: Sequence[Row], tokenizer: Tokenizer, labels: Labels, max_length: int | None) -> Examples:
+    """Return one example a row, whose target says nothing.
+
+    Raises:
+        DataError: rows without a text, with their places.
+    """
+    way = Labelled(tokenizer, labels, max_length, Report(), wanted=False)
+    made, problems = list[Example](), list[str]()
+    for row, outcome in way.make(rows):
+        if isinstance(outcome, Fault):
+            problems.append(f"{row.place}: {outcome.message}")
+        else:
+            made += outcome
+    if problems:
+        raise DataError(problems[0] if len(problems) == 1 else list_problems(f"{len(rows)} rows", problems, shown=10))
+    return Examples(made)

@@ -1,0 +1,145 @@
+"""Scores of an adapter, or of the base alone, on whole examples: classes or numbers; also on slices of them.
+
+Losses are means over examples, kept in fp64; the metrics and their intervals are those of metrics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onebase.adapters.bank import Bank
+from onebase.config.labels import Problem
+from onebase.data.examples import Examples
+from onebase.measure.evaluate import EVALUATION_TOKENS, Scores, evaluate
+from onebase.measure.forward import batches_of, labels_of, task_logits
+from onebase.measure.metrics import (
+    Estimate,
+    Kind,
+    SliceScores,
+    class_scores,
+    multi_label_scores,
+    number_scores,
+    slices_of,
+    with_intervals,
+)
+from onebase.ops.objective import Objective, example_losses, objectives_of, probabilities
+
+_KINDS: dict[Problem, Kind] = {
+    "single_label_classification": "class",
+    "multi_label_classification": "multi_label",
+    "regression": "number",
+}
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What an evaluation of whole examples found.
+
+    `loss` is the mean over examples, `metrics` those of metrics.py by name, `outputs` the classes' probabilities
+    (examples, classes) or the numbers (examples,); `targets` what they were to be. `tokens` are the examples' own.
+    """
+
+    problem: Problem
+    loss: float
+    metrics: Mapping[str, float]
+    examples: int
+    tokens: int
+    outputs: NDArray[np.float64] = field(repr=False)
+    targets: NDArray[np.generic] = field(repr=False)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Return the scores by name."""
+        return {"loss": self.loss, **self.metrics, "examples": self.examples, "tokens": self.tokens}
+
+    def intervals(self, members: NDArray[np.int64] | None = None) -> dict[str, Estimate]:
+        """Return each metric with its bootstrap interval, of all examples or of those of these numbers."""
+        chosen = slice(None) if members is None else members
+        return with_intervals(_KINDS[self.problem], self.outputs[chosen], self.targets[chosen])
+
+    def slices(self, examples: Examples, columns: Sequence[str]) -> list[SliceScores]:
+        """Return the scores of the examples by their rows' values in some columns.
+
+        Raises:
+            ConfigError: no row has one of the columns.
+        """
+        found = slices_of([example.values for example in examples], columns)
+        return [
+            SliceScores(column, value, len(members), self.intervals(members))
+            for column, values in found.items()
+            for value, members in values
+        ]
+
+
+def score(
+    bank: Bank,
+    name: str | None,
+    examples: Examples,
+    *,
+    batch_tokens: int = EVALUATION_TOKENS,
+    objective: Objective | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Scores | TaskScores:
+    """Return the scores of an adapter on examples of any task: those of `judge` where they have targets."""
+    if examples.targets is None:
+        return evaluate(bank, name, examples, batch_tokens=batch_tokens, on_progress=on_progress)
+    return judge(bank, name, examples, batch_tokens=batch_tokens, objective=objective, on_progress=on_progress)
+
+
+@torch.no_grad()
+def judge(
+    bank: Bank,
+    name: str | None,
+    examples: Examples,
+    *,
+    batch_tokens: int = EVALUATION_TOKENS,
+    objective: Objective | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TaskScores:
+    """Return the scores of adapter `name` (None: of the base alone) on examples that have targets.
+
+    `objective` is the loss; None: the one that follows from the labels. `on_progress(done, all)` is called after each
+    batch with numbers of examples.
+    """
+    problem = labels_of(bank.base).problem
+    outputs, losses, done = [], [], 0
+    for batch in batches_of(bank, name, examples, range(len(examples)), batch_tokens):
+        assert batch.targets is not None, "examples of such a task have targets"
+        logits, targets = task_logits(bank, batch), batch.targets.to(bank.base.device)
+        losses.append(example_losses(objective or objectives_of(problem)[0], problem, logits, targets).double().cpu())
+        outputs.append(probabilities(problem, logits).double().cpu())
+        done += len(batch.examples)
+        if on_progress is not None:
+            on_progress(done, len(examples))
+    found, wanted = torch.cat(outputs).numpy(), examples.targets
+    assert wanted is not None, "examples of such a task have targets"
+    if problem == "regression":
+        found = found[:, 0]
+        metrics = number_scores(found, wanted)
+    else:
+        metrics = (class_scores if problem == "single_label_classification" else multi_label_scores)(found, wanted)
+    loss = float(torch.cat(losses).mean())
+    return TaskScores(problem, loss, metrics, len(examples), examples.token_count, found, wanted)
+
+
+@torch.no_grad()
+def outputs_for(
+    bank: Bank,
+    name: str | None,
+    examples: Examples,
+    *,
+    batch_tokens: int = EVALUATION_TOKENS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.float64]:
+    """Return (examples, outputs): what an adapter gives each class of each example, or its number."""
+    problem, found, done = labels_of(bank.base).problem, [], 0
+    for batch in batches_of(bank, name, examples, range(len(examples)), batch_tokens):
+        found.append(probabilities(problem, task_logits(bank, batch)).double().cpu())
+        done += len(batch.examples)
+        if on_progress is not None:
+            on_progress(done, len(examples))
+    return torch.cat(found).numpy()
