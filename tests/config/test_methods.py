@@ -119,9 +119,15 @@ def test_every_method_has_a_name_for_sentences_and_a_learning_rate_of_its_own() 
 
 def test_settings_that_want_another_learning_rate_have_it() -> None:
     assert PrefixTuning(prefix_projection=True).usual_learning_rate < PrefixTuning().usual_learning_rate
+    assert (
+        Lora(init_lora_weights="pissa_niter_4").usual_learning_rate
+        == Lora(init_lora_weights="pissa").usual_learning_rate
+    )
+    assert Lora(init_lora_weights="olora").usual_learning_rate < Lora(init_lora_weights="pissa").usual_learning_rate
+    assert Lora(loraplus_lr_ratio=16).usual_learning_rate < Lora().usual_learning_rate == Lora.default_learning_rate
     for kind in METHODS.values():
-        assert set(kind.other_learning_rates) <= set(kind.model_fields)
-        assert all(f"{rate:g} with {name}" in kind.rates() for name, rate in kind.other_learning_rates.items())
+        assert {wanted.partition("=")[0] for wanted in kind.other_learning_rates} <= set(kind.model_fields)
+        assert all(f"{rate:g} with " in kind.rates() for rate in kind.other_learning_rates.values())
 
 
 @pytest.mark.parametrize("kind", METHODS.values())

@@ -20,7 +20,7 @@ class Method(Section):
     default_learning_rate: ClassVar[float]
     """The learning rate where none is given, by measurement."""
     other_learning_rates: ClassVar[Mapping[str, float]] = {}
-    """Settings that want another one where they are set."""
+    """Settings that want another one: where `name` is set, or where the value of `name=text` begins with that text."""
 
     method: str = Field(description="The adapter method.")
     init_from: Path | None = Field(
@@ -33,13 +33,18 @@ class Method(Section):
     @property
     def usual_learning_rate(self) -> float:
         """The learning rate of these settings where none is given."""
-        others = (rate for name, rate in self.other_learning_rates.items() if getattr(self, name))
+        others = (rate for wanted, rate in self.other_learning_rates.items() if self._has(wanted))
         return next(others, self.default_learning_rate)
+
+    def _has(self, wanted: str) -> bool:
+        name, equals, text = wanted.partition("=")
+        value = getattr(self, name)
+        return str(value).startswith(text) if equals else bool(value)
 
     @classmethod
     def rates(cls) -> str:
         """Return the learning rates in words."""
-        others = (f"{rate:g} with {name}" for name, rate in cls.other_learning_rates.items())
+        others = (f"{rate:g} with {wanted.replace('=', ' ')}" for wanted, rate in cls.other_learning_rates.items())
         return ", ".join([f"{cls.default_learning_rate:g}", *others])
 
     @classmethod

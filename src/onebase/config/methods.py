@@ -39,6 +39,11 @@ class Lora(Targeted):
 
     title: ClassVar[str] = "LoRA"
     default_learning_rate: ClassVar[float] = 1e-3
+    other_learning_rates: ClassVar[Mapping[str, float]] = {
+        "loraplus_lr_ratio": 2e-4,
+        "init_lora_weights=pissa": 3e-4,
+        "init_lora_weights=olora": 1e-4,
+    }
 
     method: Literal["lora"] = Field(default="lora", description="The adapter method.")
     target_modules: PatternsOrNone = Field(
