@@ -167,13 +167,16 @@ def plot(summary: Mapping[str, Any]) -> str:
 
 
 def _earlier_trials(path: Path, same: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials of the record there is, if they were made with the same steps, model and rows."""
+    """Return the trials of the record there is, if they were made with the same steps, model and rows.
+
+    Those of a method whose default has changed since are left out.
+    """
     if not path.exists():
         return []
     earlier = json.loads(path.read_text(encoding="utf-8"))
     if earlier["same"] != same:
         raise SystemExit(f"{path} holds trials with other steps, model or rows. Name another --out, or remove it.")
-    return list(earlier["trials"])
+    return [t for t in earlier["trials"] if _facts(t["method"], t["seed"]).items() <= t.items()]
 
 
 def _parser() -> argparse.ArgumentParser:
