@@ -118,12 +118,15 @@ class Adapter:
 
 
 class Bank:
-    """Adapters on one base. At most one bank is on a base at a time."""
+    """Adapters on one base. At most one bank is on a base at a time.
 
-    def __init__(self, base: Base) -> None:
+    `keys_dropout` says that whoever runs the base natively keys the dropout of its forwards (`Route.dropout_key`).
+    """
+
+    def __init__(self, base: Base, *, keys_dropout: bool = False) -> None:
         if any(isinstance(module, AdaptedLayer) for module in base.model.modules()):
             raise ConfigError(f"{base.name} already has a bank: add the adapter to that one.")
-        self.base = base
+        self.base, self._keys_dropout = base, keys_dropout
         self._adapters: dict[str, Adapter] = {}
         self._numbers: dict[str, int] = {}
         self._layers: dict[str, AdaptedLayer] = {}
@@ -155,7 +158,8 @@ class Bank:
             saved = [*(settings.modules_to_save or ()), *built.heads]
             settings = settings.model_copy(update={"modules_to_save": saved})
         adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)
-        if adapter.drops_out and tensors is None and self.base.layout_kind == "native":
+        native = self.base.layout_kind == "native" and not self._keys_dropout
+        if adapter.drops_out and tensors is None and native:
             raise ConfigError(
                 f"adapter.lora_dropout: {self.base.name} runs as it is ({self.base.why_native}), where no dropout is "
                 "computed. Set it to 0."

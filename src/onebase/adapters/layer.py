@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from onebase.adapters.part import InputPart, LowRankPart, ModulePart, OutputPart, Part, RowCall
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.errors import ConfigError
-from onebase.ops.keyed import mix_rows
+from onebase.ops.keyed import mix_rows, position_keys
 from onebase.ops.low_rank import LowRank, add_low_rank_
 from onebase.ops.segments import NO_OWNER, Segments
 
@@ -124,6 +124,8 @@ class AdaptedLayer(nn.Module):
         shape = x.shape[:-1] if self.rows is Rows.VECTORS else x.shape if self.rows is Rows.IDS else x.shape[:1]
         segments, times, each = self._segments(route, tuple(shape))
         keys = route.row_keys.get(self.space)
+        if route.dropout_key is not None:
+            keys = position_keys(route.dropout_key, 0, segments.row_count).to(x.device)
         keys = None if keys is None else mix_rows(_repeated(keys, times, each), self._key)
         y = self._run(RowCall(self.base_layer, rows, args[1:], keys, named, keyword), segments)
         if self.rows is Rows.FIRST:

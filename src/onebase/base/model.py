@@ -42,7 +42,7 @@ class Base:
         name: what the user called it; `folder`: where its files lie (None: in memory).
         fingerprint: sha256 of the weights as stored, independent of dtype and device.
         layout_kind: "flat", "padded" or "native", decided by a self-check when the base is made.
-        why_native: why a native base is one; empty otherwise.
+        why_native: why a native base is one; empty otherwise. Who gives a reason gets a native base of any model.
         shares_prefixes: whether a layout's node may have children (causal models), decided by the same check.
         token_axes: which dimension of a module's input are the tokens, by path, as the same check saw it.
         task_head: what gives numbers for a whole example (classes, a value), or why there is none.
@@ -54,7 +54,7 @@ class Base:
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, name: str = "in-memory", folder: Path | None = None,
-        fingerprint: str | None = None, fresh: tuple[str, ...] = (),
+        fingerprint: str | None = None, fresh: tuple[str, ...] = (), why_native: str = "",
     ) -> None:  # fmt: skip
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -70,7 +70,7 @@ class Base:
         self.position_offset, self.shares_prefixes = 0, False
         self._own_attention = self._current_attention = self._flat_attention = self._memory_attention = ""
         self.layout_kind: LayoutKind = "native"
-        self.why_native = check.why_native(model)
+        self.why_native = why_native or check.why_native(model)
         self.task_head: TaskHead | str = f"it runs as it is: {self.why_native}"
         if not self.why_native:
             self._choose_layout(fresh)
@@ -231,6 +231,10 @@ class Base:
                 yield self.model
         finally:
             self._use_attention(before)
+
+    def rest(self) -> None:
+        """Let the model attend by its own means until the next flat forward, for who calls it without the base."""
+        self._use_attention(self._own_attention)
 
     def _use_attention(self, name: str) -> None:
         if name != self._current_attention:

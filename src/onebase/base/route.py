@@ -37,7 +37,7 @@ class Route:
     `batch_owners` says who owns each entry of a batch whose first dimension is the entries (padded batches, images,
     generation): every module's rows, however many an entry has there, are then its owner's. One owner owns all.
     `layout` is None when the model attends by its own means. `memories` are learned keys and values that attention
-    finds at some rows in place of its own.
+    finds at some rows in place of its own. `dropout_key` keys dropout where no layout does: row i of every module by it and i.
     """
 
     layout: Layout | None = None
@@ -45,6 +45,7 @@ class Route:
     row_keys: Mapping[RowSpace, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     batch_owners: tuple[int, ...] | None = None
     memories: tuple[Memory, ...] = ()
+    dropout_key: int | None = None
 
     def __post_init__(self) -> None:
         """Keep the mappings as they are now, whatever becomes of those they were made of."""

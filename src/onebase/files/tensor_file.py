@@ -25,12 +25,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
 
     The file is written in place: call it inside `atomic.new_folder`.
     """
+    data = tensor_bytes(tensors)
+    write_synced(path, data)
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the content of a file of these tensors, in their own dtypes."""
     import safetensors.torch
 
     # Through bytes, not save_file: that one makes files that only their owner can read, and hides the system's errors.
-    data = safetensors.torch.save(_apart(tensors), metadata=_METADATA)
-    write_synced(path, data)
-    return len(data), hashlib.sha256(data).hexdigest()
+    data: bytes = safetensors.torch.save(_apart(tensors), metadata=_METADATA)
+    return data
 
 
 def read_tensors(path: Path, *, todo: str) -> dict[str, Tensor]:

@@ -210,6 +210,8 @@ def _check_labels(base: Base, stored: StoredAdapter) -> None:
     Raises:
         FileFormatError: what it predicts, and how to open the base for it.
     """
+    if base.layout_kind == "native":
+        return  # it is called as it is, with the head that it has
     own = labels_of(stored)
     if stored.record is None and own is not None and base.labels is not None and own.outputs == base.labels.outputs:
         return  # PEFT's files have no names

@@ -1,0 +1,101 @@
+"""Adapters of a bank as PEFT's two files, both ways, with every field of the configuration as it stands there.
+
+Unlike `onebase train`, which writes a folder of its own, this writes into one that may hold more, as PEFT does:
+transformers' Trainer saves its own files beside an adapter. Each file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onebase.adapters import start
+from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.lora import settings_in_file
+from onebase.base.fingerprint import fingerprint
+from onebase.config.methods import Lora
+from onebase.errors import FileFormatError, ModelError
+from onebase.files.atomic import write_file
+from onebase.files.peft_config import FORMAT_OF
+from onebase.files.peft_format import TENSORS_NAME, StoredAdapter, read_adapter
+from onebase.files.tensor_file import tensor_bytes
+from onebase.peft.config import PeftConfig
+from onebase.train.opening import fitted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the keys of PEFT's file."""
+    form = FORMAT_OF[type(adapter.settings)]
+    return {
+        name if name == form.single else form.prefix + name: tensor for name, tensor in adapter.file_tensors.items()
+    }
+
+
+def load_(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors, under the keys of PEFT's file or the bank's names, into an adapter.
+
+    Raises:
+        FileFormatError: they are not its own, or its file holds other tensors than it trains; nothing is copied then.
+    """
+    if adapter.file_tensors.keys() != adapter.state.keys():
+        raise FileFormatError(
+            f"adapter {adapter.name!r}: its file holds what its tensors make, not the tensors ({adapter.settings.method}"
+            "), so that training cannot go on from it. Load it under another name."
+        )
+    prefix = FORMAT_OF[type(adapter.settings)].prefix
+    adapter.load_state_({key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
+
+
+def write(folder: Path, adapter: Adapter, config: PeftConfig, model: Any) -> None:
+    """Write an adapter and its configuration into a folder.
+
+    The configuration's base_model_name_or_path is set from the model where it is None, as PEFT does.
+    """
+    write_file(folder / TENSORS_NAME, tensor_bytes(file_tensors(adapter)), writing="the adapter")
+    name = getattr(model, "name_or_path", None) or None
+    config.base_model_name_or_path = config.base_model_name_or_path or name
+    stored: Any = replace(config, inference_mode=True)
+    settings = adapter.settings
+    if isinstance(settings, Lora) and start.takes_from_base(settings.init_lora_weights):
+        plain = settings_in_file(settings)
+        changed = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+        stored = replace(stored, **{field: getattr(plain, field) for field in changed})
+    mapping = None
+    if config.task_type is None:
+        mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    stored.save_pretrained(folder, auto_mapping_dict=mapping)
+
+
+def read(folder: Path, bank: Bank) -> StoredAdapter:
+    """Return the adapter in a folder as it fits the bank's base.
+
+    Its base is checked where both sides say which weights they are: a record of ours, and a model from a folder.
+
+    Raises:
+        FileFormatError: it is damaged, or another base's.
+    """
+    stored = read_adapter(folder)
+    for note in stored.notes:
+        if stored.record is not None:
+            warnings.warn(note, stacklevel=4)
+    base = bank.base
+    known = False
+    if stored.record is not None and base.folder is not None:
+        try:
+            base.fingerprint = fingerprint(base.folder)
+            known = True
+        except ModelError:
+            known = False
+    if stored.record is not None and not known:
+        warnings.warn(
+            f"{folder}: the model in memory does not say which weights it has, so nobody can tell whether the adapter was "
+            f"trained on them ({stored.record.base})",
+            stacklevel=4,
+        )
+    return fitted(bank, stored, allow_base_mismatch=not known)

@@ -1,0 +1,453 @@
+"""`PeftModel`: the user's own model with a bank on it, under PEFT's names.
+
+The user's model is changed in place, as by PEFT: a route that gives every row to the active adapter rests in its slot, so
+that the model itself, called directly, by `generate`, by a Trainer or again by gradient checkpointing, runs with that
+adapter. Virtual tokens alone need the call to go through here (virtual.py). Everything else that is asked of a PeftModel
+is asked of the user's model: this is the one file where attributes are forwarded.
+
+What is PEFT's: names, defaults, first values (start.py), train() and eval(), files (folder.py), parameters' names
+(holding.py). What is not: docs/peft.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial, update_wrapper
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils.hooks import RemovableHandle
+
+from onebase.adapters.bank import Adapter
+from onebase.adapters.merging import Merged
+from onebase.base.route import Route
+from onebase.config.methods import PrefixTuning
+from onebase.config.paths import checked_path
+from onebase.errors import ConfigError
+from onebase.peft import folder, virtual
+from onebase.peft.config import PeftConfig, PromptLearningConfig
+from onebase.peft.holding import hold, let_go
+from onebase.peft.shell import Tuner, as_it_was, bank_on
+from onebase.peft.start import draw_
+from onebase.peft.targets import complete
+from onebase.peft.weighted import weighted
+
+BASE_ALONE = "__base__"
+"""What adapter_names calls rows without an adapter."""
+
+
+class _Forward:
+    """`PeftModel.forward` with the signature of the user's model, which Trainer asks for the columns that it takes."""
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        if owner is None:
+            return PeftModel.run
+        return update_wrapper(partial(PeftModel.run, owner), owner.get_base_model().forward)
+
+
+class PeftModel(nn.Module):
+    """A model with adapters, one of them active.
+
+    Args:
+        model: any module; it is changed in place.
+        peft_config: the first adapter's.
+        autocast_adapter_dtype: must be true: adapters are fp32.
+        low_cpu_mem_usage: has no effect.
+
+    Raises:
+        ConfigError: a value that onebase does not take, or the model has adapters already.
+        TargetError: the configuration names no module of the model.
+    """
+
+    def __init__(
+        self, model: Any, peft_config: PeftConfig, adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False,
+    ) -> None:  # fmt: skip
+        self._start(model, peft_config)
+        if not autocast_adapter_dtype and self._bank.base.dtype in (torch.float16, torch.bfloat16):
+            raise ConfigError("autocast_adapter_dtype: adapters are fp32 whatever the model is. Leave it out.")
+        self.add_adapter(adapter_name, peft_config)
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+
+    def _start(self, model: Any, config: PeftConfig) -> None:
+        """Put an empty bank on a model."""
+        super().__init__()
+        if isinstance(model, PeftModel):
+            raise ConfigError("the model has adapters already. Use its add_adapter, or unload() it first.")
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.peft_type = config.peft_type
+        self._active = ""
+        self._disabled = False
+        self._merged: Merged | None = None
+        self._virtual = isinstance(config, PromptLearningConfig)
+        self._bank = bank_on(model, flat=self._virtual)
+        self.base_model: Any = model if self._virtual else Tuner(model)
+        self._resting: Route | None = None
+        self._hook: RemovableHandle | None = None
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            model.enable_input_require_grads()
+
+    @classmethod
+    def from_pretrained(
+        cls, model: Any, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
+        config: PeftConfig | None = None,
+    ) -> PeftModel:  # fmt: skip
+        """Return a model with the adapter in a folder; without `is_trainable` in evaluation mode, nothing trained.
+
+        Raises:
+            FileFormatError: there is none, it is damaged or does not fit the model.
+        """
+        front = cls.__new__(cls)
+        front._start(model, config or PeftConfig.from_pretrained(model_id))
+        front.load_adapter(model_id, adapter_name, is_trainable=is_trainable, config=config)
+        front.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return front
+
+    # ---------------------------------------------------------------------------------------------------- forwarding
+
+    forward = _Forward()
+
+    @property  # type: ignore[misc]  # read-only
+    def __class__(self) -> type:
+        """What `isinstance` sees besides PeftModel: PEFT's own class where transformers knows one, or the model's.
+
+        transformers' Trainer saves, and resumes, what is an instance of these; it asks nothing else.
+        """
+        theirs = getattr(sys.modules.get("transformers.trainer_utils"), "PeftModel", None)
+        return theirs or (type(self.get_base_model()) if "_bank" in self.__dict__ else PeftModel)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "_bank" not in self.__dict__:
+                raise
+            return getattr(self.get_base_model(), name)
+
+    def get_base_model(self) -> Any:
+        """Return the user's own model, with the wrappers in it."""
+        return self._bank.base.model
+
+    def run(self, *args: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
+        """Return what the model makes of its inputs, entry i with adapter_names[i] where these are given."""
+        if adapter_names is not None:
+            with self._mixed(adapter_names, 1):
+                return self.get_base_model()(*args, **named)
+        if not self._virtual or self._disabled or not self._active:
+            return self.get_base_model()(*args, **named)
+        return virtual.forward(self._bank, self._active, args, named)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
+        """Return what the model's own `generate` returns, virtual tokens not among it."""
+        if "generation_config" in self.__dict__:
+            self.get_base_model().generation_config = self.__dict__["generation_config"]
+        if adapter_names is not None:
+            with self._mixed(adapter_names, named.get("num_beams") or 1):
+                return self.get_base_model().generate(*args, **named)
+        if not self._virtual or self._disabled or not self._active:
+            return self.get_base_model().generate(*args, **named)
+        return virtual.generate(self._bank, self._active, args, named)
+
+    @contextmanager
+    def _mixed(self, names: Sequence[str], beams: int) -> Iterator[None]:
+        if self.training or self._virtual or self._merged:
+            state = "in training" if self.training else "merged" if self._merged else "with virtual tokens"
+            raise ConfigError(
+                f"adapter_names: rows of several adapters cannot be run {state}. Call eval() or set_adapter."
+            )
+        owners = [None if name == BASE_ALONE else self._known(name) for name in names for _ in range(beams)]
+        with self._bank.base.slot.use(self._bank.batch_route(owners)):
+            yield
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Let the model recompute its blocks in the backward, under the adapter that was active in the forward."""
+        if isinstance(self._settings(), PrefixTuning):
+            raise ConfigError("prefix tuning does not work with gradient checkpointing, as in PEFT. Leave it off.")
+        given: dict[str, Any] = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if not given["use_reentrant"]:
+            given.setdefault("context_fn", self._bank.base.slot.for_recompute)
+        model = self.get_base_model()
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **more)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **more)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """`activation_checkpointing_enable` under its name before transformers 5.20."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
+
+    # ------------------------------------------------------------------------------------------------------ adapters
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
+        """Put a new adapter on the model; another one stays active, and the new one is not trained yet.
+
+        Raises:
+            ConfigError: the name is taken, or another method than the first one's.
+            TargetError: the configuration names no module of the model.
+        """
+        self._check_new(adapter_name, peft_config)
+        with as_it_was(self.get_base_model(), self._bank.base):
+            settings = complete(self._bank.places, peft_config)
+            adapter = self._bank.add(adapter_name, settings, seed=torch.initial_seed() % 2**63)
+        draw_(adapter, peft_config, self._bank.base.input_embedding)
+        self._take_in(adapter, peft_config)
+
+    def load_adapter(
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, *,
+        config: PeftConfig | None = None, torch_device: str | None = None,
+    ) -> Any:  # fmt: skip
+        """Put the adapter in a folder on the model, or its tensors into the adapter of that name.
+
+        Args:
+            torch_device: has no effect: an adapter goes where its modules are.
+
+        Raises:
+            FileFormatError: there is none, it is damaged or does not fit the model.
+        """
+        self._unmerge_first()
+        with as_it_was(self.get_base_model(), self._bank.base):
+            stored = folder.read(checked_path(model_id), self._bank)
+            adapter = None
+            if adapter_name not in self.peft_config:
+                config = config or PeftConfig.from_pretrained(stored.folder)
+                config.inference_mode = not is_trainable
+                self._check_new(adapter_name, config)
+                if self._virtual and is_trainable:
+                    raise ConfigError(
+                        "a stored adapter of virtual tokens cannot be trained on, as in PEFT. Begin anew."
+                    )
+                adapter = self._bank.add(adapter_name, stored.settings, tensors=stored.tensors)
+        if adapter is None or config is None:
+            folder.load_(self._bank.adapters[adapter_name], stored.tensors)
+        else:
+            self._take_in(adapter, config)
+            self._require(adapter_name, is_trainable)
+        if not is_trainable:
+            self.eval()
+        return _IncompatibleKeys([], [])
+
+    def _check_new(self, name: str, config: PeftConfig) -> None:
+        self._unmerge_first()
+        if name in self.peft_config:
+            raise ConfigError(
+                f"adapter {name!r} already exists: choose another name, or delete_adapter({name!r}) first."
+            )
+        if config.peft_type != self.peft_type:
+            raise ConfigError(
+                f"a {config.peft_type} adapter cannot stand beside {self.peft_type}; all must be of one method."
+            )
+
+    def _take_in(self, adapter: Adapter, config: PeftConfig) -> None:
+        self.peft_config[adapter.name] = config
+        hold(self, adapter)
+        self._hook = self._hook or self.get_base_model().register_forward_pre_hook(self._renew)
+        for text in adapter.warnings:
+            warnings.warn(f"adapter {adapter.name!r}: {text}", stacklevel=3)
+        self._require(adapter.name, False)
+        self._settle()
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make an adapter the active one; it alone is trained, unless `inference_mode`.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        self._known(adapter_name)
+        self._unmerge_first()
+        self._active = adapter_name
+        for name in self.peft_config:
+            self._require(name, name == adapter_name and not inference_mode)
+        self._settle()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off; if it was active, the first of the others is then.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        self._known(adapter_name)
+        self._unmerge_first()
+        let_go(self, self._bank.adapters[adapter_name])
+        self._bank.remove(adapter_name)
+        del self.peft_config[adapter_name]
+        if adapter_name == self._active:
+            self._active = next(iter(self.peft_config), "")
+            if self._active:
+                warnings.warn(
+                    f"adapter {adapter_name!r} was active and is deleted; {self._active!r} is active now", stacklevel=2
+                )
+                self.set_adapter(self._active)
+        self._settle()
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
+        **recipe: Any,
+    ) -> None:  # fmt: skip
+        """Add an adapter made of others (adapters/combining.py).
+
+        Args:
+            recipe: svd_rank, density, majority_sign_method.
+
+        Raises:
+            ConfigError: all that cannot be combined so.
+        """
+        sources = {name: (self.adapter(name), self.peft_config[name]) for name in adapters}
+        settings, tensors, config = weighted(sources, weights, combination_type, recipe)
+        self._check_new(adapter_name, config)
+        self._take_in(self._bank.add(adapter_name, settings, tensors=tensors), config)
+
+    @property
+    def active_adapter(self) -> str:
+        """The active adapter's name; empty where there is none."""
+        return self._active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter's name in a list."""
+        return [self._active] if self._active else []
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The active adapter's configuration."""
+        return self.peft_config[self._known(self._active)]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base alone inside the block."""
+        self._unmerge_first()
+        before = self._disabled
+        self._disabled = True
+        self._settle()
+        try:
+            yield
+        finally:
+            self._disabled = before
+            self._settle()
+
+    def _known(self, name: str) -> str:
+        if name not in self.peft_config:
+            raise ConfigError(f"no adapter {name!r}; there is {', '.join(map(repr, self.peft_config)) or 'none'}.")
+        return name
+
+    def _settings(self) -> Any:
+        return self._bank.adapters[self._active].settings if self._active else None
+
+    def _require(self, name: str, required: bool) -> None:
+        for _, parameter in self._bank.adapters[name].parameters():
+            parameter.requires_grad_(required)
+
+    # --------------------------------------------------------------------------------------------------------- route
+
+    def _settle(self, dropout_key: int | None = None) -> None:
+        """Let the route rest that gives every row to the active adapter; to the base where that is in its weights."""
+        alone = self._disabled or self._virtual or self._merged is not None or not self._active
+        route = self._bank.sole_route(None if alone else self._active)
+        self._resting = replace(route, dropout_key=dropout_key)
+        self._bank.base.slot.route = self._resting
+
+    def _renew(self, model: nn.Module, given: Any) -> None:
+        """Draw what keys the dropout of a forward in training; from torch's global generator, as PEFT draws masks."""
+        if self._bank.base.slot.route is not self._resting or not self._active:
+            return
+        drops = model.training and self._bank.adapters[self._active].drops_out
+        key = int(torch.randint(2**62, ())) if drops else None
+        if key is not None or (self._resting is not None and self._resting.dropout_key is not None):
+            self._settle(key)
+
+    # ------------------------------------------------------------------------------------------------------- merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
+        """Write the active adapter, or these, into the model's weights; `unmerge_adapter` restores every byte.
+
+        Raises:
+            ConfigError: an adapter that no weight can hold.
+        """
+        self._unmerge_first()
+        self._merged = Merged(self._bank, adapter_names or self.active_adapters)
+        self._settle()
+
+    def unmerge_adapter(self) -> None:
+        """Put the model's own weights back."""
+        if self._merged is not None:
+            self._merged.unmerge()
+            self._merged = None
+        self._settle()
+
+    def _unmerge_first(self) -> None:
+        if self._merged is not None:
+            warnings.warn(f"{', '.join(self._merged.names)} is merged; it is unmerged first", stacklevel=3)
+            self.unmerge_adapter()
+
+    def merge_and_unload(self, adapter_names: list[str] | None = None) -> Any:
+        """Return the user's model with the active adapter, or these, in its weights, and no wrappers."""
+        if self._merged is None or adapter_names is not None:
+            self.merge_adapter(adapter_names)
+        return self.unload(keep_merged=True)
+
+    def unload(self, *, keep_merged: bool = False) -> Any:
+        """Return the user's model without adapters."""
+        if not keep_merged:
+            self.unmerge_adapter()
+        model = self.get_base_model()
+        for name, adapter in self._bank.adapters.items():
+            let_go(self, adapter)
+            self._bank.remove(name)
+        self.peft_config.clear()
+        if self._hook is not None:
+            self._hook.remove()
+        self._active, self._bank.base.slot.route = "", None
+        return model
+
+    # ------------------------------------------------------------------------------------------------ books and files
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many numbers are trained, and how many there are, adapters included."""
+        counts = [(p.numel(), p.requires_grad) for _, p in self.named_parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print these numbers in PEFT's words."""
+        trained, every = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
+
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
+        is_main_process: bool = True, state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Write the adapters: "default" into the folder, others into folders of their names in it.
+
+        Raises:
+            ConfigError: no such adapter, a pickle is asked for, or tensors other than the model's own.
+        """
+        if not safe_serialization:
+            raise ConfigError(
+                "safe_serialization: adapters are written as safetensors, never as pickles. Leave it out."
+            )
+        if state_dict is not None:
+            raise ConfigError("state_dict: the tensors written are the model's own. Leave it out, or load them first.")
+        names = [self._known(name) for name in selected_adapters or self.peft_config]
+        place = checked_path(save_directory)
+        if place.is_file():
+            raise ConfigError(f"{place}: is a file. Name a folder.")
+        for name in names if is_main_process else []:
+            path = place if name == "default" else place / name
+            folder.write(path, self._bank.adapters[name], self.peft_config[name], self.get_base_model())
+
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter as the bank has it.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        return self._bank.adapters[self._known(name)]

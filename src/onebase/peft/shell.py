@@ -1,0 +1,66 @@
+"""What PEFT puts around a model, and how the model is left as it was when an adapter is put on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from onebase.adapters.bank import Bank
+from onebase.adapters.layer import AdaptedLayer
+from onebase.base.model import Base
+
+
+class Tuner(nn.Module):
+    """What PEFT calls base_model: the user's model lies in it as `model`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Return what the user's model makes of its inputs."""
+        return self.model(*args, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def bank_on(model: Any, *, flat: bool) -> Bank:
+    """Return an empty bank on the user's own model, which is left as it was but that nothing in it requires a gradient.
+
+    Args:
+        flat: whether the model's attention is to be tried, as virtual tokens need it.
+    """
+    place = Path(str(getattr(model, "name_or_path", None) or ""))
+    found = place if place.name and place.is_dir() else None
+    why = "" if flat else "it is called as it is, by code written for PEFT"
+    with as_it_was(model):
+        base = Base(model, name=str(found or type(model).__name__), folder=found, fingerprint="unknown", why_native=why)
+        bank = Bank(base, keys_dropout=True)
+        base.rest()
+    return bank
+
+
+@contextmanager
+def as_it_was(model: nn.Module, base: Base | None = None) -> Iterator[None]:
+    """Run the block with the model in evaluation mode, and leave its modules' modes and its attention as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for wrapper in [module for module in model.modules() if isinstance(module, AdaptedLayer)]:
+            wrapper.training = wrapper.base_layer.training
+        if base is not None:
+            base.rest()

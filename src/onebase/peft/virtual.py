@@ -1,0 +1,80 @@
+"""Virtual tokens (prompt and prefix tuning) before the sequences of a call that was written for PEFT.
+
+Both methods take placeholders at the input (adapters/prompt.py, prefix.py). A call has none: here they are put before
+every sequence as embeddings, and the mask and labels are lengthened. What comes back is what PEFT returns: with a
+prompt, logits of the virtual tokens too; with a prefix, of the sequence alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebase.adapters.bank import Bank
+from onebase.config.methods import PrefixTuning
+from onebase.errors import ConfigError
+
+_IGNORED = -100
+
+
+def forward(bank: Bank, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """Return what the model makes of a call with an adapter's virtual tokens before every sequence."""
+    count = bank.adapters[name].virtual_tokens
+    prefix = isinstance(bank.adapters[name].settings, PrefixTuning)
+    with bank.base.native(bank.sole_route(name)) as model:
+        bound = inspect.signature(model.forward).bind_partial(*args, **named)
+        given = {**bound.arguments.pop("kwargs", {}), **bound.arguments}
+        if given.get("past_key_values") is not None:
+            raise ConfigError("past_key_values: a call cannot go on from another with virtual tokens. Use generate.")
+        call = _lengthened(bank, name, model, given)
+        if (labels := given.get("labels")) is not None:
+            call["labels"] = _before(labels, count, _IGNORED)
+            if prefix:  # in PEFT no token stands before the first, which is then not predicted
+                call["labels"][:, count] = _IGNORED
+        out = model(**call)
+    if prefix:
+        if not hasattr(out, "logits"):
+            raise ConfigError("return_dict: prefix tuning needs a model's named outputs. Leave it out.")
+        out.logits = out.logits[:, count:]
+    return out
+
+
+def generate(bank: Bank, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """Return what the model's `generate` returns, with an adapter's virtual tokens before every sequence."""
+    given = dict(named)
+    ids = args[0] if args else given.pop("inputs", given.get("input_ids"))
+    if len(args) > 1 or not isinstance(ids, Tensor):
+        raise ConfigError("generate: give input_ids, and everything else by name.")
+    given["input_ids"] = ids
+    with bank.base.native(bank.sole_route(name)) as model:
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = torch.ones_like(ids)
+        return model.generate(**_lengthened(bank, name, model, given), input_ids=ids)
+
+
+def _lengthened(bank: Bank, name: str, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments with virtual tokens, and embeddings in place of ids."""
+    count = bank.adapters[name].virtual_tokens
+    call = {key: value for key, value in given.items() if key not in ("input_ids", "inputs_embeds")}
+    for unused in ("position_ids", "token_type_ids"):
+        if call.pop(unused, None) is not None:
+            warnings.warn(f"{unused} has no effect with virtual tokens", stacklevel=4)
+    embed = model.get_input_embeddings()
+    own = given.get("inputs_embeds")
+    if own is None:
+        own = embed(given["input_ids"])
+    learned = embed(torch.tensor(bank.virtual_ids(name), device=own.device).expand(own.shape[0], -1))
+    call["inputs_embeds"] = torch.cat([learned.to(own.dtype), own], 1)
+    if call.get("attention_mask") is not None:
+        call["attention_mask"] = _before(call["attention_mask"], count, 1)
+    return call
+
+
+def _before(rows: Tensor, count: int, value: int) -> Tensor:
+    """Return rows with `count` times a value before each."""
+    return torch.cat([rows.new_full((rows.shape[0], count), value), rows], 1)
