@@ -103,7 +103,14 @@ class CapacityError(OnebaseError):
 
 
 class VerificationError(OnebaseError):
-    """What was made (a merged model) does not do what it was made from; the message says where they differ."""
+    """What was made (a merged model) does not do what it was made from; the message says where they differ.
+
+    `found` is the difference, relative, and `bound` what rounding explains.
+    """
+
+    def __init__(self, message: str, *, found: float = float("inf"), bound: float = 0.0) -> None:
+        super().__init__(message)
+        self.found, self.bound = found, bound
 
 
 class TrainingError(OnebaseError, RuntimeError):

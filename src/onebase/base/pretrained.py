@@ -270,6 +270,13 @@ def open_tokenizer(place: ModelPlace, *, trust_remote_code: bool = False) -> tup
         return _tokenizer(place, arguments), getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def stored_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer in a folder, a model's or an adapter's, as any user of transformers gets it; None without one."""
+    with silence():
+        arguments = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
+        return _tokenizer(ModelPlace(str(folder), folder, "folder"), arguments)
+
+
 def _tokenizer(place: ModelPlace, arguments: dict[str, Any]) -> Any:
     import transformers
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from onebase import __version__
-from onebase.cli import chat, evaluate, failure, listing, merge, predict, preview, raise_on_sigint, train
+from onebase.cli import chat, evaluate, failure, listing, merge, predict, preview, raise_on_sigint, train, verify
 
 app = typer.Typer(
     name="onebase",
@@ -74,6 +74,7 @@ _verb(
     "merge runs/first --out models/first",
     "merge runs/first --out models/half --dtype bfloat16",
 )
+_verb(app, "verify", verify.verify, "verify runs/first", "verify runs/first --data test.jsonl --json")
 _verb(app, "preview", preview.preview, "preview run.yaml --rows 5")
 _verb(app, "targets", listing.targets, "targets smollm2-135m-instruct")
 _verb(app, "runs", listing.runs, "runs runs")

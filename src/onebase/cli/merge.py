@@ -47,17 +47,13 @@ def merge(  # noqa: PLR0913 (a verb's options are its parameters)
     opened = open_adapter(adapter, BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch))
     bank, name = opened.bank, opened.adapter
     assert name is not None, "an adapter was opened"
-    prepared, said = few_rows(opened, rows, _ROWS)
-    sequences = (
-        [] if prepared is None else [prepared.examples[i].token_ids.tolist() for i in range(len(prepared.examples))]
-    )
-    if prepared is None:
-        said = f"a few built-in texts: {said}"
+    few = few_rows(opened, rows, _ROWS)
+    said = few.said if few.sequences else f"a few built-in texts: {few.said}"
     found = merge(
         bank,
         name,
         out,
-        rows_for(bank, sequences[:_ROWS]),
+        rows_for(bank, few.sequences),
         dtype=stored,
         trust_remote_code=trust_remote_code,
         note=terminal.say,

@@ -118,7 +118,7 @@ def open_adapter(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
     from onebase.train.opening import open_adapter as open_on_base
 
     folder = find_adapter(Path(target).expanduser())
-    run = _run_settings(folder)
+    run = run_settings(folder)
     use_threads(_number(run, "train", "threads"))
     opened = open_on_base(
         folder, model=on.model, allow_base_mismatch=on.allow_base_mismatch, note=terminal.say, **on.how(run)
@@ -152,7 +152,7 @@ def _is_adapter(path: Path) -> bool:
     return any((path / name).exists() for name in ("adapter_config.json", "config.yaml", "adapter"))
 
 
-def _run_settings(adapter_folder: Path) -> dict[str, Any]:
+def run_settings(adapter_folder: Path) -> dict[str, Any]:
     """Return the settings of the run that an adapter lies in, as plain values; empty where it lies in none.
 
     They are not checked again: the training data, which nothing here needs, may be gone.

@@ -196,9 +196,12 @@ def _distance(one: Tensor, other: Tensor) -> str:
 
 def _check_within(found: Differences) -> None:
     if not found.within:
+        in_modules = found.results <= found.bounds.results
         raise VerificationError(
             f"the merged model does not do what base and adapter do: {found}. Look at {found.worst[0]} first. Nothing was "
-            "written. Ship the adapter as it is, or merge into a wider format: --dtype float32"
+            "written. Ship the adapter as it is, or merge into a wider format: --dtype float32",
+            found=found.worst[1] if in_modules else found.results,
+            bound=found.bounds.module if in_modules else found.bounds.results,
         )
 
 

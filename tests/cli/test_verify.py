@@ -1,0 +1,73 @@
+"""`onebase verify`: its table, its JSON, its exit codes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.world import invoke
+
+
+@pytest.fixture
+def run(trained, world):
+    shutil.copytree(trained / "run", world / "run")
+    return world / "run"
+
+
+def test_a_trained_run_is_found_right_in_one_table(run):
+    result = invoke("verify", "run", "--model", "model")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].endswith("6 rows of the run's data.valid")
+    table = [line for line in lines if " ok " in line]
+    assert [line.split("  ")[0] for line in table] == [
+        "loaded = saved",
+        "merged = unmerged",
+        "flat = padded",
+        "resumed = uninterrupted",
+        "chat = transformers",
+        "adapter has an effect",
+        "base unchanged",
+    ]
+    assert "checking: flat = padded" in result.stderr
+
+
+def test_one_failed_check_makes_the_exit_code_1_and_json_says_which(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    zeroed = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}
+    save_file(zeroed, path, metadata={"format": "pt"})
+    result = invoke("verify", "run/adapter", "--model", "model", "--data", "train.jsonl", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert (found["ok"], found["rows"], found["data"]) == (False, 16, "train.jsonl")
+    assert [check["name"] for check in found["checks"] if check["state"] == "failed"] == ["adapter has an effect"]
+
+
+def test_wrong_use_exits_with_2(run):
+    for words, told in (
+        (("run", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("model",), "adapter_config.json is missing"),
+    ):
+        result = invoke("verify", *words)
+        assert result.exit_code == 2, words
+        assert told in result.stderr
+    (run / "config.yaml").unlink()
+    result = invoke("verify", "run", "--model", "model")
+    assert result.exit_code == 2
+    assert "--data: name the rows to verify on: run has no rows of its own." in result.stderr
+
+
+def test_the_template_of_the_training_is_read_where_it_was_named(world):
+    template = (world / "model" / "chat_template.jinja").read_text()
+    (world / "own.jinja").write_text("A chat. " + template)
+    config = world / "run.yaml"
+    config.write_text(config.read_text().replace("valid.jsonl}", "valid.jsonl, template: own.jinja}"))
+    assert invoke("train", config, "--out", "own").exit_code == 0
+    result = invoke("verify", "own")
+    assert result.exit_code == 0, result.output
+    (world / "own.jinja").unlink()
+    result = invoke("verify", "own")
+    assert result.exit_code == 0, result.output
+    assert "own.jinja: the template of the training is gone" in result.stderr
