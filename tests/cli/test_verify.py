@@ -5,9 +5,13 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.cli.world import invoke
+from tests.classifiers import model_of
+from tests.cli.test_tasks import ANIMALS, TRAIN, rows_of
+from tests.cli.world import invoke, write_rows
+from tests.data.tiny import byte_tokenizer
 
 
 @pytest.fixture
@@ -71,3 +75,28 @@ def test_the_template_of_the_training_is_read_where_it_was_named(world):
     result = invoke("verify", "own")
     assert result.exit_code == 0, result.output
     assert "own.jinja: the template of the training is gone" in result.stderr
+
+
+@pytest.mark.parametrize(("kind", "task"), [("bert", "classify"), ("llama", "classify"), ("bert", "regress")])
+def test_adapters_with_heads_of_their_own_are_verified_and_merged_with_their_label_names(kind, task, tmp_path):
+    tokenizer = byte_tokenizer(template=None)
+    model = model_of(kind).base_model
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", rows_of(18))
+    write_rows(tmp_path / "valid.jsonl", rows_of(6, start=18))
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "valid")}
+    config = {"model": str(tmp_path / "model"), "task": task, "data": data, "adapter": {"r": 4}, "train": TRAIN}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert invoke("train", tmp_path / "run.yaml", "--out", tmp_path / "run").exit_code == 0
+    result = invoke("verify", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    states = {check["name"]: check["state"] for check in json.loads(result.stdout)["checks"]}
+    assert states.pop("chat = transformers") == "not applicable"
+    assert set(states.values()) == {"ok"}
+    merged = tmp_path / "merged"
+    assert invoke("merge", tmp_path / "run", "--out", merged).exit_code == 0
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(merged)
+    if task == "classify":
+        assert [opened.config.id2label[n] for n in range(3)] == sorted(ANIMALS)

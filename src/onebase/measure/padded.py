@@ -1,6 +1,7 @@
 """Logits of rows through the flat path, and through the model's own forward on a padded batch: the same numbers?
 
-The flat path is what trains and evaluates: tokens end to end, no padding, logits only where something is predicted.
+The flat path is what trains and evaluates: tokens end to end, no padding, logits only where something is predicted:
+at labelled positions, or once an example where it has a class or a number.
 The padded one is the model as transformers runs it, adapters on it. Cost: two forwards, and the padded one's logits.
 """
 
@@ -15,27 +16,24 @@ from onebase.adapters.bank import Bank
 from onebase.base.route import RowSpace
 from onebase.data.batches import FlatBatch
 from onebase.data.examples import Examples
-from onebase.measure.forward import batches_of
+from onebase.measure.forward import batches_of, task_logits
 
 _PADDED_TOGETHER = 2
+_NO_CUT = 2**31
 
 
 @torch.no_grad()
 def flat_and_padded(bank: Bank, name: str, examples: Examples) -> float:
-    """Return the largest difference of a labelled position's logits between both ways, relative to the largest logit.
+    """Return the largest difference of a predicted logit between both ways, relative to the largest logit.
 
     Raises:
-        ConfigError: the base predicts no tokens.
+        ConfigError, ModelError: the base predicts nothing.
     """
-    head, distances, largest = bank.head, [0.0], [1e-6]
+    distances, largest = [0.0], [1e-6]
     for first in range(0, len(examples), _PADDED_TOGETHER):
         numbers = range(first, min(first + _PADDED_TOGETHER, len(examples)))
-        for batch in batches_of(bank, name, examples, numbers, int(examples.lengths.sum()) + 10**6):
-            route = bank.route(batch.layout, label_rows=batch.label_rows)
-            hidden = bank.base.hidden(batch.token_ids, route)
-            rows = hidden.index_select(0, batch.label_rows.to(hidden.device))
-            flat = head.logits(rows, route.rows[RowSpace.LABEL])
-            own = _padded(bank, name, batch)
+        for batch in batches_of(bank, name, examples, numbers, _NO_CUT):
+            flat, own = _flat(bank, batch), _padded(bank, name, batch)
             wide = torch.promote_types(own.dtype, torch.float32)
             largest.append(float(own.abs().max()))
             distances.append(float((flat.to(wide) - own.to(wide)).abs().max()))
@@ -44,8 +42,18 @@ def flat_and_padded(bank: Bank, name: str, examples: Examples) -> float:
     )  # unlike Python's max, NaN if any is
 
 
+def _flat(bank: Bank, batch: FlatBatch) -> Tensor:
+    """Return what the path of training predicts: a row for each labelled position, or for each example."""
+    if batch.targets is not None:
+        return task_logits(bank, batch)
+    route = bank.route(batch.layout, label_rows=batch.label_rows)
+    hidden = bank.base.hidden(batch.token_ids, route)
+    rows = hidden.index_select(0, batch.label_rows.to(hidden.device))
+    return bank.head.logits(rows, route.rows[RowSpace.LABEL])
+
+
 def _padded(bank: Bank, name: str, batch: FlatBatch) -> Tensor:
-    """Return the model's own logits at the batch's labelled positions, its examples padded on the right."""
+    """Return what the model itself predicts in the same places, its examples padded on the right."""
     base, virtual = bank.base, list(bank.virtual_ids(name))
     lines, places = [], []
     for line, (tokens, positions) in enumerate(_entries(batch, len(virtual))):
@@ -58,6 +66,9 @@ def _padded(bank: Bank, name: str, batch: FlatBatch) -> Tensor:
     route = bank.batch_route([name] * len(lines), [0] * len(lines) if virtual else None)
     with base.native(route) as model:
         logits = model(input_ids=ids.to(base.device), attention_mask=mask.to(base.device), use_cache=False).logits
+    if batch.targets is not None:
+        whole: Tensor = logits
+        return whole
     entry, position = (torch.tensor(side, device=logits.device) for side in zip(*places, strict=True))
     found: Tensor = logits[entry, position]
     return found

@@ -144,10 +144,10 @@ def _flat_is_padded(name: str, subject: Subject) -> Check:
     base = subject.bank.base
     if base.layout_kind == "native":
         raise _NotApplicableError(f"{base.name} runs as it is: {base.why_native}")
-    if base.head is None:
-        raise _NotApplicableError(f"{base.name} predicts no tokens")
+    if base.head is None and base.labels is None:
+        raise _NotApplicableError(f"{base.name} predicts nothing")
     found, bound = flat_and_padded(subject.bank, subject.name, subject.examples), BOUNDS[base.dtype].results
-    said = f"{len(subject.examples)} rows, {subject.examples.label_count} positions"
+    said = f"{len(subject.examples)} rows, {subject.examples.label_count} predictions"
     return _within(name, found, bound, said if base.layout_kind == "flat" else f"{said}; this base runs padded anyway")
 
 
