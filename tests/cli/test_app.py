@@ -36,6 +36,8 @@ def test_the_verbs_are_those_that_are_promised():
         "eval",
         "chat",
         "predict",
+        "merge",
+        "verify",
         "preview",
         "targets",
         "runs",
