@@ -52,6 +52,9 @@ class Route:
         object.__setattr__(self, "rows", MappingProxyType(dict(self.rows)))
         object.__setattr__(self, "row_keys", MappingProxyType(dict(self.row_keys)))
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Route:
+        return self  # it never changes; a copy of a model is at rest, where a route names owners alone
+
     def segments(self, space: RowSpace, row_count: int) -> Segments:
         """Return the owners of `row_count` rows of a space.
 

@@ -21,12 +21,17 @@ from onebase.errors import FileFormatError, ModelError
 from onebase.files.atomic import write_file
 from onebase.files.peft_config import FORMAT_OF
 from onebase.files.peft_format import TENSORS_NAME, StoredAdapter, read_adapter
+from onebase.files.target_names import TargetNames
 from onebase.files.tensor_file import tensor_bytes
 from onebase.peft.config import PeftConfig
 from onebase.train.opening import fitted
+from onebase.train.saving import module_paths
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+PEFT_PREFIX = "base_model.model."
 
 
 def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -52,12 +57,35 @@ def load_(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     adapter.load_state_({key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
 
 
-def write(folder: Path, adapter: Adapter, config: PeftConfig, model: Any) -> None:
-    """Write an adapter and its configuration into a folder.
+def embedding_copies(model: Any, config: PeftConfig, wanted: bool | str) -> dict[str, Tensor]:
+    """Return the base's own embeddings as PEFT's file has them beside an adapter.
+
+    Args:
+        wanted: "auto": where the adapter is on one of them, and these alone.
+    """
+    names: Any = getattr(config, "target_modules", None) or ()
+    rule = TargetNames(names if isinstance(names, str) else tuple(names))
+    paths = module_paths([name for name, _ in model.named_modules()])
+    targeted = any(path.rpartition(".")[2] in _EMBEDDINGS and rule.matches(path) for path in paths)
+    if getattr(config, "trainable_token_indices", None) is None and wanted == "auto":
+        wanted = targeted
+    found: dict[str, Tensor] = {}
+    for layer in [model.get_input_embeddings(), model.get_output_embeddings()] if wanted is True else []:
+        inner = getattr(layer, "base_layer", None)
+        own = inner if targeted else layer
+        path = next((name for name, module in model.named_modules() if module is own), None)
+        if own is not None and path is not None:
+            found |= {f"{PEFT_PREFIX}{path}.{key}": tensor for key, tensor in own.state_dict().items()}
+    return found
+
+
+def write(folder: Path, adapter: Adapter, config: PeftConfig, model: Any, embeddings: bool | str = "auto") -> None:
+    """Write an adapter and its configuration into a folder, and the base's embeddings with it where PEFT does.
 
     The configuration's base_model_name_or_path is set from the model where it is None, as PEFT does.
     """
-    write_file(folder / TENSORS_NAME, tensor_bytes(file_tensors(adapter)), writing="the adapter")
+    tensors = file_tensors(adapter) | embedding_copies(model, config, embeddings)
+    write_file(folder / TENSORS_NAME, tensor_bytes(tensors), writing="the adapter")
     name = getattr(model, "name_or_path", None) or None
     config.base_model_name_or_path = config.base_model_name_or_path or name
     stored: Any = replace(config, inference_mode=True)

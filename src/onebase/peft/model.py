@@ -423,9 +423,13 @@ class PeftModel(nn.Module):
 
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
-        is_main_process: bool = True, state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: bool | str = "auto", is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Write the adapters: "default" into the folder, others into folders of their names in it.
+
+        Args:
+            save_embedding_layers: the base's embeddings beside the adapter; "auto": where it is on one of them.
 
         Raises:
             ConfigError: no such adapter, a pickle is asked for, or tensors other than the model's own.
@@ -442,7 +446,8 @@ class PeftModel(nn.Module):
             raise ConfigError(f"{place}: is a file. Name a folder.")
         for name in names if is_main_process else []:
             path = place if name == "default" else place / name
-            folder.write(path, self._bank.adapters[name], self.peft_config[name], self.get_base_model())
+            adapter, config = self._bank.adapters[name], self.peft_config[name]
+            folder.write(path, adapter, config, self.get_base_model(), save_embedding_layers)
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as the bank has it.
