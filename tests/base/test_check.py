@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from onebase.base import check
+from onebase.base.classifier import TaskHead
 from onebase.base.model import Base
 from onebase.errors import ModelError
 from onebase.ops import attention
-from tests import tiny
+from tests import classifiers, tiny
 
 
 def broken_base(monkeypatch, name, **changes):
@@ -136,3 +138,31 @@ def test_the_check_leaves_the_global_generator_alone():
 def test_models_with_few_positions_are_checked_within_them():
     assert tiny.base_of("gpt2", max_position_embeddings=24, n_positions=24).layout_kind == "flat"
     assert tiny.base_of("mistral", max_position_embeddings=20).layout_kind == "flat"
+
+
+def test_a_head_for_examples_is_checked_in_the_precision_it_runs_in():
+    """Hidden rows are fp32 where the last norm's weights are, and on CUDA behind any LayerNorm under autocast."""
+    model = classifiers.model_of("llama").to(torch.bfloat16)
+    model.model.norm.float()
+    assert isinstance(Base(model).task_head, TaskHead)
+
+
+def test_a_model_whose_head_wants_more_than_tokens_opens_and_says_so():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.LukeConfig(vocab_size=61, entity_vocab_size=11, entity_emb_size=8, **sizes)
+    base = Base(transformers.LukeForEntityClassification(config).eval())
+    assert "the head of a LukeForEntityClassification does not run on token ids alone" in str(base.task_head)
+    with pytest.raises(ModelError, match="does not run on token ids alone"):
+        base.open_for_task()
+
+
+def test_positions_that_start_later_leave_room_for_fewer_tokens():
+    """A RoBERTa's 514 positions hold 512 tokens: the first two are no token's."""
+    config = transformers.RobertaConfig(
+        vocab_size=61, max_position_embeddings=34, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64, pad_token_id=1,
+    )  # fmt: skip
+    base = Base(transformers.RobertaModel(config).eval())
+    assert base.max_length == 32
+    batch = tiny.batch_of(tiny.examples_of(base.max_length), None)
+    assert bool(base.hidden(batch.token_ids, check.probe_route(base, batch.layout)).isfinite().all())

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onebase.base.classifier import Pooling, TaskHead
+from onebase.base.classifier import POOLINGS, TaskHead
 from onebase.base.flat import NotFlatError
 from onebase.base.route import Route, RowSpace
 from onebase.config.labels import labels_of
@@ -30,11 +30,11 @@ from onebase.ops.segments import NO_OWNER, Segments
 if TYPE_CHECKING:
     from onebase.base.model import Base
 
-POOLINGS: tuple[Pooling, ...] = ("first", "last", "mean")
-
 # Relative to the largest logit: rounding in another order, at most; a wrong mask or position is off by far more.
 # (fp64: models take softmax and rotary angles in fp32.)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+_UNFIT = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
+"""What models raise that want more than token ids."""
 _LONGEST_WINDOW = 1024
 _PREFIX = 5
 
@@ -97,7 +97,7 @@ def choose_layout(base: Base) -> Literal["flat", "padded"]:
         examples = _probe(base)
         with _inputs_seen(base.model) as shapes:
             expected = _own_results(base, examples)
-    except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
+    except _UNFIT as error:
         said = " ".join(str(error).split())
         raise NotOfTokensError(f"a {type(base.model).__name__} does not run on token ids alone ({said})") from error
     if not all(bool(own.isfinite().all()) for own, _ in expected):
@@ -223,12 +223,22 @@ def probe_route(base: Base, layout: Layout, memories: tuple[Memory, ...] = ()) -
 def find_task_head(base: Base, fresh: tuple[str, ...]) -> TaskHead | str:
     """Return the head of a model that gives numbers for a whole example, or why it has none that can be used.
 
-    `fresh` are the modules that no file held weights for.
+    `fresh` are the modules that no file held weights for. What is tried stands in `base.task_head`.
     """
-    model, examples = base.model, _probe(base)
-    kind = f"a {type(model).__name__}"
-    if base.head is not None or base.trunk is model:
+    kind = f"a {type(base.model).__name__}"
+    if base.head is not None or base.trunk is base.model:
         return f"{kind} has no head that gives numbers for a whole example"
+    try:
+        return _fitting_head(base, kind, fresh)
+    except torch.OutOfMemoryError:
+        raise
+    except (*_UNFIT, RuntimeError) as error:
+        return f"the head of {kind} does not run on token ids alone ({' '.join(str(error).split())})"
+
+
+def _fitting_head(base: Base, kind: str, fresh: tuple[str, ...]) -> TaskHead | str:
+    """Return the head that reads of each example what makes it the model's own, or why there is none."""
+    model, examples = base.model, _probe(base)
     with base.native(Route(batch_owners=(NO_OWNER,))):
         lines = [ids[None].to(base.device) for ids in examples]
         found = [getattr(model(input_ids=x, attention_mask=torch.ones_like(x)), "logits", None) for x in lines]
@@ -239,10 +249,11 @@ def find_task_head(base: Base, fresh: tuple[str, ...]) -> TaskHead | str:
     own = torch.cat([logits for logits in found if logits is not None])
     layout, ids = _lay_out(examples, shared=False)
     route = probe_route(base, layout)
-    hidden, rows, tried = base.hidden(ids, route), layout.example_rows(), []
+    hidden, tried = base.hidden(ids, route), []
     for pooling in POOLINGS:
         head = TaskHead(model, labels_of(model.config), pooling, _head_paths(base), fresh)
-        ours = head.logits(head.pool(hidden, rows), base.slot, route)
+        base.task_head = head
+        ours = base.task_logits(hidden, route)
         difference = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
         if difference <= TOLERANCE[base.dtype]:
             return head

@@ -153,7 +153,7 @@ class Base:
         """The most tokens an example may have, where the model says."""
         config = _ask(getattr(self.model, "config", None), "get_text_config")
         length = getattr(config, "max_position_embeddings", None)
-        return None if length is None else int(length)
+        return None if length is None else int(length) - self.position_offset
 
     @property
     def embedding_rows(self) -> int | None:
