@@ -10,9 +10,10 @@ import transformers
 
 from onebase.adapters.bank import Bank
 from onebase.base.model import Base
-from onebase.config.methods import AdapterSettings, Full, Lora, PrefixTuning, PromptTuning
+from onebase.config.methods import AdapterSettings, BitFit, Full, LnTuning, Lora, PrefixTuning, PromptTuning
 from onebase.config.settings import TrainSettings
 from onebase.data.batches import batch_of_step
+from onebase.errors import TargetError
 from onebase.files.peft_format import read_adapter
 from onebase.measure.forward import batches_of, forward_loss, task_logits
 from onebase.measure.judge import judge
@@ -26,11 +27,11 @@ LENGTHS = (4, 17, 9, 30, 5, 12)
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
-def base_of(kind: str, *, problem: Any = PROBLEMS[0], model: Any = None) -> Base:
-    """Return a base opened for its task; its head is taken for a new one."""
+def base_of(kind: str, *, problem: Any = PROBLEMS[0], model: Any = None, fresh: tuple[str, ...] = ()) -> Base:
+    """Return a base opened for its task; its head, and what else is said, is taken for new."""
     model = model or model_of(kind, problem)
     heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "pre_classifier", "head")]
-    base = Base(model, fresh=tuple(heads))
+    base = Base(model, fresh=(*fresh, *heads))
     base.open_for_task()
     return base
 
@@ -149,6 +150,40 @@ def test_classifiers_of_several_adapters_in_one_batch_are_those_of_each_alone() 
     with torch.no_grad():
         together = task_logits(bank, tiny.together(*batches))
     torch.testing.assert_close(together, torch.cat([alone[name] for name in names]), rtol=1e-5, atol=1e-5)
+
+
+def alone_and_together(bank: Bank, settings: AdapterSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the numbers of two filled adapters with the same settings, one after the other and in one batch."""
+    examples = labelled_examples(*LENGTHS)
+    for seed, name in enumerate("ab"):
+        tiny.fill_(bank.add(name, settings, seed=seed), seed=seed)
+    batches = [next(batches_of(bank, name, examples, range(len(examples)), 1000)) for name in "ab"]
+    with torch.no_grad():
+        together = task_logits(bank, tiny.together(*batches))
+    return torch.cat([our_logits(bank, name, examples) for name in "ab"]), together
+
+
+@pytest.mark.parametrize("settings", [BitFit(), LnTuning(), Full()], ids=lambda settings: settings.method)
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert", "roberta"])
+def test_methods_that_choose_all_of_a_kind_leave_the_head_to_its_own_copy(kind: str, settings: Any) -> None:
+    bank = Bank(base_of(kind))
+    if (kind, settings.method) == ("modernbert", "bitfit"):
+        with pytest.raises(TargetError, match="outside its head it has none"):
+            bank.add("a", settings)
+        return
+    alone, together = alone_and_together(bank, settings)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+    head = {name for name, _ in bank.base.model.named_parameters() if name.startswith("classifier.")}
+    head = {name.replace(".base_layer", "") for name in head}
+    assert head and head <= {name for name, _ in bank.adapters["a"].parameters()}
+
+
+def test_a_pooler_that_no_file_held_weights_for_sees_examples() -> None:
+    """As in a BERT that was saved with its head for masked tokens."""
+    bank = Bank(base_of("bert", fresh=("bert.pooler.dense",)))
+    alone, together = alone_and_together(bank, Lora(r=2))
+    assert bank.adapters["a"].settings.modules_to_save == ["bert.pooler.dense", "classifier"]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
 def test_a_new_head_begins_anew_for_every_seed_and_the_same_for_one() -> None:

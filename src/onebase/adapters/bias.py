@@ -64,9 +64,10 @@ def build(places: Places, settings: BitFit, seed: int) -> Built:
         Candidate(c.path, _WITH_BIAS if _has_bias(places, c) else f"{c.kind} without a bias", c.role)
         for c in places.owners
     ]
-    default = [c.path for c in candidates if c.kind == _WITH_BIAS]
+    default = [c.path for c in candidates if c.kind == _WITH_BIAS and not places.in_own_head(c.path)]
     if not default:
-        raise _no_bias(places, "Train norms instead (method: ln-tuning), or another method such as lora.")
+        who = "outside its head it has" if places.base.own_heads else "it has"
+        raise _no_bias(places, "Train norms instead (method: ln-tuning), or another method such as lora.", who)
     match = places.choose(settings, REACH, default=default, candidates=candidates)
     return Built(tuple(_part(places, path, f"{path}.bias") for path in match.paths), match.paths, match.warnings)
 

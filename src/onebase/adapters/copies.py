@@ -135,7 +135,7 @@ def build_norms(places: Places, settings: LnTuning, seed: int) -> Built:
     Raises:
         TargetError: the settings name a module that is not there or is no norm, or the base has none that is trained.
     """
-    default = [c.path for c in places.owners if c.kind == NORM]
+    default = [c.path for c in places.owners if c.kind == NORM and not places.in_own_head(c.path)]
     if not default:
         raise TargetError(
             f"{places.base.name}: there is no norm with parameters to train. Use another method, such as lora."
@@ -186,9 +186,14 @@ def beside(
 
 
 def lacking_heads(places: Places, parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return the task's own modules that no part copies: they are saved whole with every adapter."""
+    """Return the task's own modules, or what is in them, that no part copies: they are saved whole with every adapter."""
     copied = [part.path for part in parts if isinstance(part, CopyPart)]
-    return tuple(path for path in places.base.own_heads if not any(lies_in(path, whole) for whole in copied))
+    lacking: list[str] = []
+    for head in places.base.own_heads:
+        inside = [c.path for c in places.owners if lies_in(c.path, head)]
+        left = [path for path in inside if not any(lies_in(path, whole) for whole in copied)]
+        lacking += [head] if left == inside else left
+    return tuple(lacking)
 
 
 def draw_heads_(places: Places, parts: Sequence[Part], seed: int) -> None:

@@ -54,7 +54,7 @@ class Places:
             for path in t.paths
         ]
         self.candidates = tuple(sorted(candidates, key=lambda c: order[c.path]))
-        self._poolers = {c.path for c in candidates if c.role == "pooler"}
+        self._poolers = {path for t in targets if t.role == "pooler" for path in t.paths}
         self.head_path = self.path_of(base.head_module)
         self.embedding_path = self.path_of(base.input_embedding)
         self._kinds = {c.path: c.kind for c in candidates}
@@ -68,7 +68,11 @@ class Places:
 
     def _role(self, path: str, role: str) -> str:
         """Return a module's role: one that every adapter brings whole is a head, whatever it is called."""
-        return "head" if any(lies_in(path, own) for own in self.base.own_heads) else role
+        return "head" if self.in_own_head(path) else role
+
+    def in_own_head(self, path: str) -> bool:
+        """Return whether a module is one that every adapter brings whole, or a part of one."""
+        return any(lies_in(path, own) for own in self.base.own_heads)
 
     def space(self, path: str) -> RowSpace:
         """Return what the rows are that a module sees."""
