@@ -21,6 +21,7 @@ from onebase.config.foreign import ABSENT, OURS
 from onebase.config.methods import METHODS
 from onebase.config.writing import describe_settings
 from onebase.files.peft_config import FORMAT_OF
+from onebase.files.serving import FACTS, PROPERTIES, TOOLS
 
 DOCS = Path(__file__).parent
 _KINDS = {Path: "a path", str: "text", float: "a number", int: "a whole number"}
@@ -131,7 +132,29 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([written[0], "|" + "---|" * len(lines[0]), *written[1:]])
 
 
+def serving_tables() -> str:
+    """Return what tools read of adapters: their scales, what hinders which, and why."""
+    tools = ((tool.name, tool.scaling, tool.version, f"`{tool.sources}`") for tool in TOOLS.values())
+    verdicts = (
+        (name, PROPERTIES[name], *(FACTS[name][tool].verdict if tool in FACTS[name] else "" for tool in TOOLS))
+        for name in PROPERTIES
+    )
+    reasons = (
+        (name, tool, fact.why, "" if fact.todo is None else f"`{fact.todo}`" if "--" in fact.todo else fact.todo)
+        for name, by_tool in FACTS.items()
+        for tool, fact in by_tool.items()
+    )
+    return "\n\n".join(
+        (
+            _table(("tool", "scale of B @ A", "read at", "in"), tools),
+            _table(("", "an adapter with", *TOOLS), verdicts),
+            _table(("", "tool", "why", "instead"), reasons),
+        )
+    )
+
+
 PARTS = {
+    "export.md": {"what tools read": serving_tables},
     "methods.md": {"methods": methods_table},
     "settings.md": {"settings": settings_tables, "other tools' names": foreign_tables},
     "cli.md": {"commands": commands},

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MERGE = "Merge it into its base with peft (merge_and_unload, save_pretrained) and use that folder as the model."
 _CONVERT = "Save it as plain LoRA with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the weights belong to a base that they changed
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the weights belong to a base that they changed
 OTHER_STARTS = ("eva", "mica")  # another start, on the plain base, that is none of ours
 _BIASES = ("none", "all", "lora_only")
 _REFUSED = {
@@ -163,7 +163,7 @@ def _in_use(patterns: Mapping[str, Any] | None, module_paths: Iterable[str]) -> 
 def _refuse(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_lora_weights", True)
     known = word(start)
-    if known.startswith(_CHANGES_BASE):
+    if known.startswith(CHANGES_BASE):
         return [f"init_lora_weights: {start!r} belongs to a base that it changed when it began. {_CONVERT}"]
     if not isinstance(start, bool) and start is not None and known not in ("gaussian", "orthogonal", *OTHER_STARTS):
         return [f"init_lora_weights: {start!r} is not known, so it may have changed the base. {MERGE}"]

@@ -1,0 +1,214 @@
+"""Whether an adapter loads in other tools, and with the right scale: `lint`, from its files alone. No torch.
+
+Read are adapter_config.json and the header of adapter_model.safetensors, also of methods and PEFT versions that onebase
+does not compute. What the tools make of it stands in serving.py; here is what an adapter has, and the judging. The scale
+of every pair is computed as the tool computes it and compared with the one it was trained with, so that fields that
+cancel out (a rank_pattern and an alpha_pattern in proportion) are no fault.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onebase.adapters.matching import for_path
+from onebase.errors import ConfigError, FileFormatError
+from onebase.files.json_file import is_number, read_json
+from onebase.files.lora_format import CHANGES_BASE, LORA, word
+from onebase.files.method_format import is_count
+from onebase.files.peft_config import CONFIG_NAME
+from onebase.files.peft_format import TENSORS_NAME, find_adapter
+from onebase.files.serving import FACTS, PORTABLE, TOOLS, VLLM_RANKS, Fact, Scales, Tool, Verdict, peft_scale
+
+_TODO = "Save the adapter again with peft's save_pretrained, or get an undamaged copy."
+_PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(?P<adapter>\.\w+)??(?:\.weight)?")
+_VIRTUAL = {
+    "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+}  # fmt: skip
+_HEADS = ("lm_head", "embed_out", "output")
+_ORDER: Sequence[Verdict] = ("loads", "loads wrong", "refused")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the files of an adapter hold: the fields of its config, and the shape of each tensor by its key."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one tool makes of an adapter: the worst of the reasons decides; `todo` belongs to that."""
+
+    tool: str
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    todo: str
+
+
+def lint(path: Path, tools: Iterable[str]) -> list[Finding]:
+    """Return what each tool makes of the adapter in a folder, or in the run folder given.
+
+    Raises:
+        ConfigError: a tool that is not known.
+        FileFormatError: the folder holds no adapter, or a damaged one.
+    """
+    wanted = [*dict.fromkeys(tools)]
+    unknown = [name for name in wanted if name not in TOOLS]
+    if unknown or not wanted:
+        raise ConfigError(f"--for: must name some of {', '.join(TOOLS)}, got {', '.join(unknown) or 'nothing'}.")
+    header = read_header(find_adapter(path))
+    has = properties(header)
+    scales = scales_of(header) if header.config.get("peft_type") == "LORA" else {}
+    return [_judged(TOOLS[name], path, has, scales) for name in wanted]
+
+
+def read_header(folder: Path) -> Header:
+    """Return an adapter's config and the shapes of its tensors.
+
+    Raises:
+        FileFormatError: a file is missing or damaged.
+    """
+    config = read_json(folder / CONFIG_NAME, todo=_TODO)
+    if not isinstance(config.get("peft_type"), str):
+        raise FileFormatError(
+            f"{folder / CONFIG_NAME}: peft_type must be text, got {config.get('peft_type')!r}. {_TODO}"
+        )
+    if config["peft_type"] == "LORA":
+        for name, fits, rule in (
+            ("r", is_count, "a whole number from 1"),
+            ("lora_alpha", is_number, "a number"),
+        ):
+            if not fits(config.get(name)):
+                raise FileFormatError(
+                    f"{folder / CONFIG_NAME}: {name} must be {rule}, got {config.get(name)!r}. {_TODO}"
+                )
+    return Header(folder, config, _shapes(folder / TENSORS_NAME))
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a safetensors file, from its header."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            content = json.loads(file.read(min(length, path.stat().st_size)))
+        return {name: tuple(fields["shape"]) for name, fields in sorted(content.items()) if name != "__metadata__"}
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path}: the file is missing. {_TODO}") from error
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path}: damaged, or no safetensors file: {error}. {_TODO}") from error
+
+
+def properties(header: Header) -> dict[str, str]:
+    """Return what an adapter has of serving.PROPERTIES, each with the words that name it here."""
+    config, kind = header.config, str(header.config["peft_type"])
+    found: dict[str, str] = {}
+    if kind in _VIRTUAL:
+        found["virtual tokens"] = kind
+    elif kind == "ONEBASE_BOTTLENECK":
+        found["bottleneck"] = kind
+    elif kind.startswith("ONEBASE_"):
+        found["own format"] = kind
+    elif kind != "LORA":
+        found["other method"] = kind
+    else:
+        found |= _lora_properties(config, header.shapes)
+    if config.get("task_type") is not None:
+        found["language model"] = f"task_type {config['task_type']}"
+    return found
+
+
+def _lora_properties(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    variants = [name for name in LORA.refused if config.get(name) not in (None, False, [], {})]
+    if variants:
+        found["variant"] = ", ".join(variants)
+    if word(config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        found["changed base"] = f"init_lora_weights {config['init_lora_weights']}"
+    for name in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters"):
+        if config.get(name):
+            found[name] = name if config[name] is True else f"{name} {config[name]}"
+    if config.get("bias") not in (None, "none"):
+        found["bias"] = f"bias {config['bias']}"
+    if isinstance(config.get("target_modules"), str):
+        found["expression"] = f"target_modules {config['target_modules']!r}"
+    pairs = [(key, match, shape) for key, shape in shapes.items() if (match := _PAIR.fullmatch(key))]
+    if named := [key for key, match, _ in pairs if match["adapter"] and key.endswith(".weight")]:
+        found["named keys"] = named[0]
+    if pairs:
+        found["pairs"] = "pairs"
+    if len({shape[0] for _, match, shape in pairs if match["letter"] == "A"}) > 1:
+        found["mixed ranks"] = "pairs of different ranks"
+    for name, keys in (
+        ("embedding", [match["module"] for _, match, _ in pairs if match["embedding"]]),
+        ("head", [match["module"] for _, match, _ in pairs if match["module"].split(".")[-1] in _HEADS]),
+        ("convolution", [match["module"] for _, match, shape in pairs if len(shape) > 2]),
+    ):
+        if keys:
+            found[name] = f"a pair on {keys[0].removeprefix('base_model.model.')}"
+    return found
+
+
+def scales_of(header: Header) -> dict[str, Scales]:
+    """Return what the scale of each pair is made of, by its module's path; of stacked experts none."""
+    config = header.config
+    found = {}
+    for key, shape in header.shapes.items():
+        match = _PAIR.fullmatch(key)
+        if match is None or match["letter"] != "A" or not shape or config.get("target_parameters"):
+            continue
+        path = match["module"].removeprefix("base_model.model.")
+        found[path] = Scales(
+            r=shape[0],
+            lora_alpha=float(for_path(config.get("alpha_pattern") or {}, path, config["lora_alpha"])),
+            common_r=config["r"],
+            common_alpha=float(config["lora_alpha"]),
+            use_rslora=bool(config.get("use_rslora")),
+        )
+    return found
+
+
+def _judged(tool: Tool, path: Path, has: Mapping[str, str], scales: Mapping[str, Scales]) -> Finding:
+    """Return what a tool makes of an adapter with these properties and scales."""
+    found = [(FACTS[name][tool.name], f"{words}: ") for name, words in has.items() if tool.name in FACTS.get(name, {})]
+    found += [(fact, "") for fact in (_scale_fact(tool, scales), _rank_fact(tool, scales)) if fact is not None]
+    found.sort(key=lambda one: -_ORDER.index(one[0].verdict))
+    if not found:
+        return Finding(tool.name, "loads", (), "")
+    worst = found[0][0].verdict
+    return Finding(
+        tool.name,
+        worst,
+        tuple(f"{words}{fact.why}" for fact, words in found),
+        next((fact.todo for fact, _ in found if fact.verdict == worst and fact.todo), "").format(adapter=path),
+    )
+
+
+def _scale_fact(tool: Tool, scales: Mapping[str, Scales]) -> Fact | None:
+    """Return where a tool's scale is not the one that was trained with."""
+    wrong = {
+        path: of for path, of in scales.items() if abs(tool.scale(of) - peft_scale(of)) > 1e-6 * abs(peft_scale(of))
+    }
+    if not wrong:
+        return None
+    told = [f"{path} by {tool.scale(of):.4g} instead of {peft_scale(of):.4g}" for path, of in wrong.items()]
+    more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    where = f"{len(wrong)} of {len(scales)} pairs are scaled wrong ({', '.join(told[:_SHOWN])}{more})"
+    return Fact("loads wrong", f"{where}: the scale there is {tool.scaling}.", PORTABLE)
+
+
+def _rank_fact(tool: Tool, scales: Mapping[str, Scales]) -> Fact | None:
+    """Return what the largest rank asks of vLLM, whose limit is 16 unless it is told."""
+    largest = max((max(of.r, of.common_r) for of in scales.values()), default=0)
+    if tool.name != "vllm" or largest <= 16:
+        return None
+    room = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    if room is None:
+        return Fact("refused", f"rank {largest} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank.")
+    return Fact("loads", f"rank {largest} is above the default limit of 16.", f"--max-lora-rank {room}")

@@ -1,0 +1,190 @@
+"""Laws of lint: what it says of transformers is what transformers does, every scale is the tool's own, damage is told."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from onebase.adapters.bank import Bank
+from onebase.base.model import Base
+from onebase.config.methods import BitFit, Bottleneck, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
+from onebase.errors import ConfigError, FileFormatError
+from onebase.files.lint import lint
+from onebase.files.serving import FACTS, PROPERTIES, TOOLS
+from onebase.train import saving
+from tests.tiny import fill_, model_of
+
+EVERY: dict[str, Any] = {
+    "lora": Lora(r=4, lora_alpha=8),
+    "patterns": Lora(r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}, use_rslora=True),
+    "dora": Lora(r=4, use_dora=True),
+    "bias": Lora(r=4, bias="lora_only"),
+    "modules_to_save": Lora(r=4, modules_to_save=["lm_head"]),
+    "tokens": Lora(r=4, trainable_token_indices=[3, 5]),
+    "embedding": Lora(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "head": Lora(r=4, target_modules=["lm_head", "q_proj"]),
+    "pissa": Lora(r=4, init_lora_weights="pissa"),
+    "ia3": Ia3(),
+    "ln-tuning": LnTuning(),
+    "prompt": PromptTuning(num_virtual_tokens=3, prompt_tuning_init="RANDOM"),
+    "prefix": PrefixTuning(num_virtual_tokens=3),
+    "bitfit": BitFit(),
+    "bottleneck": Bottleneck(),
+    "full": Full(target_modules=["q_proj"]),
+}
+
+
+def saved(folder: Path, settings: Any, model: Any) -> Path:
+    base = Base(copy.deepcopy(model), name="tiny")
+    adapter = fill_(Bank(base).add("a", settings))
+    saving.write(folder, base, adapter, task="text")
+    return folder
+
+
+def verdicts(folder: Path, *tools: str) -> dict[str, str]:
+    return {one.tool: one.verdict for one in lint(folder, tools or TOOLS)}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_it_says_of_transformers_is_what_transformers_does(name: str, tmp_path: Path) -> None:
+    model = model_of("llama", attention_bias=True)
+    folder = saved(tmp_path / "a", EVERY[name], model)
+    ids = torch.arange(3, 15).view(2, 6)
+    loaded = copy.deepcopy(model)
+    try:
+        loaded.load_adapter(str(folder))
+    except (ValueError, KeyError):
+        done = "refused"
+    else:
+        with torch.no_grad():
+            same = torch.equal(peft.PeftModel.from_pretrained(model, folder).eval()(ids).logits, loaded(ids).logits)
+        done = "loads" if same else "loads wrong"
+    assert verdicts(folder, "transformers") == {"transformers": done}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lora", ("loads", "loads", "loads")),
+        ("pissa", ("loads", "loads", "loads")),  # a plain pair of twice the rank in the file
+        ("dora", ("refused", "refused", "refused")),
+        ("bias", ("refused", "loads wrong", "refused")),
+        ("modules_to_save", ("refused", "loads wrong", "refused")),
+        ("tokens", ("refused", "loads wrong", "refused")),
+        ("ia3", ("refused", "refused", "refused")),
+        ("prompt", ("refused", "refused", "refused")),
+        ("full", ("refused", "refused", "refused")),
+    ],
+)
+def test_what_it_says_of_servers(name: str, expected: tuple[str, str, str], tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", EVERY[name], model_of("llama", attention_bias=True))
+    assert tuple(verdicts(folder, "vllm", "sglang", "llama.cpp").values()) == expected
+
+
+def small(folder: Path, **changes: Any) -> Path:
+    saved(folder, Lora(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), model_of("llama"))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, {"diffusers": (2, 1)}),
+        ({"lora_alpha": 4}, {}),
+        ({"lora_alpha": 2, "use_rslora": True}, {"sglang": (1, 0.5), "llama.cpp": (1, 0.5)}),
+        (
+            {"lora_alpha": 4, "alpha_pattern": {"q_proj": 12}},
+            {"vllm": (3, 1), "sglang": (3, 1), "llama.cpp": (3, 1), "diffusers": (3, 1)},
+        ),
+    ],
+)
+def test_every_tool_is_judged_by_its_own_scale(
+    changes: dict[str, Any], wrong: dict[str, tuple[float, float]], tmp_path: Path
+) -> None:
+    folder = small(tmp_path / "a", task_type=None, **changes)
+    found = {one.tool: one for one in lint(folder, TOOLS)}
+    for tool, one in found.items():
+        assert one.verdict == ("loads wrong" if tool in wrong else "loads"), one
+        if tool in wrong:
+            right, there = wrong[tool]
+            assert f"q_proj by {there:g} instead of {right:g}" in one.reasons[0]
+            assert one.todo == f"onebase export {folder} --out FOLDER --portable"
+
+
+def test_ranks_and_alphas_in_proportion_are_one_scale_to_those_that_take_one(tmp_path: Path) -> None:
+    model = model_of("llama")
+    settings = Lora(r=4, lora_alpha=8, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 4})
+    found = verdicts(saved(tmp_path / "a", settings, model), "vllm", "sglang", "llama.cpp")
+    assert found == {"vllm": "loads", "sglang": "loads", "llama.cpp": "loads wrong"}
+    settings = settings.model_copy(update={"alpha_pattern": {}})
+    found = verdicts(saved(tmp_path / "b", settings, model), "vllm", "sglang", "llama.cpp")
+    assert found == {"vllm": "loads wrong", "sglang": "loads wrong", "llama.cpp": "loads"}
+
+
+@pytest.mark.parametrize(
+    ("r", "verdict", "todo"),
+    [
+        (16, "loads", ""),
+        (17, "loads", "--max-lora-rank 32"),
+        (300, "loads", "--max-lora-rank 320"),
+        (513, "refused", "onebase merge {folder} --out MODEL"),
+    ],
+)
+def test_a_rank_above_the_default_names_the_flag(r: int, verdict: str, todo: str, tmp_path: Path) -> None:
+    folder = small(tmp_path / "a", r=r, lora_alpha=r)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file(
+        {key.format("A"): torch.ones(r, 2), key.format("B"): torch.ones(2, r)}, folder / "adapter_model.safetensors"
+    )
+    (found,) = lint(folder, ["vllm"])
+    assert (found.verdict, found.todo) == (verdict, todo.format(folder=folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tool", "verdict"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "vllm", "loads wrong"),
+        ({"alora_invocation_tokens": [1]}, "vllm", "loads wrong"),
+        ({"target_modules": "model.*q_proj"}, "sglang", "refused"),
+        ({"peft_type": "LOKR"}, "llama.cpp", "refused"),
+        ({"peft_type": "LOKR"}, "transformers", "loads"),
+    ],
+)
+def test_fields_of_peft_that_onebase_never_writes_are_judged_too(
+    changes: dict[str, Any], tool: str, verdict: str, tmp_path: Path
+) -> None:
+    assert verdicts(small(tmp_path / "a", **changes), tool) == {tool: verdict}
+
+
+def test_damage_and_unknown_tools_are_told(tmp_path: Path) -> None:
+    folder = small(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"--for: must name some of transformers, .* got ollama"):
+        lint(folder, ["vllm", "ollama"])
+    for field, value, told in (
+        ("r", 0, "r must be"),
+        ("lora_alpha", math.inf, "lora_alpha must be"),
+        ("peft_type", 3, "peft_type must"),
+    ):
+        with pytest.raises(FileFormatError, match=told):
+            lint(small(tmp_path / field, **{field: value}), ["vllm"])
+    weights = folder / "adapter_model.safetensors"
+    for content in (b"", b"\xff" * 9, weights.read_bytes()[:20]):
+        weights.write_bytes(content)
+        with pytest.raises(FileFormatError, match="damaged, or no safetensors file"):
+            lint(folder, ["vllm"])
+    weights.unlink()
+    with pytest.raises(FileFormatError, match="the file is missing"):
+        lint(folder, ["vllm"])
+
+
+def test_the_table_speaks_of_its_own_tools_and_properties() -> None:
+    assert set(FACTS) == set(PROPERTIES)
+    assert all(set(by_tool) <= set(TOOLS) for by_tool in FACTS.values())
