@@ -55,6 +55,11 @@ def test_the_test_rows_come_before_the_validation_rows_and_a_fraction_is_held_ou
     assert _json("b")["loss"] == pytest.approx(result["valid_loss"], rel=1e-6)
 
 
+def test_slices_of_a_chat_are_refused(trained):
+    done = invoke("eval", trained / "run", "--slice", "kind")
+    assert done.exit_code == 2 and "--slice: is for classify and regress" in done.stderr
+
+
 def test_without_any_rows_the_option_is_named(trained, tmp_path):
     shutil.copytree(trained / "run/adapter", tmp_path / "adapter")
     result = invoke("eval", tmp_path / "adapter")

@@ -97,6 +97,17 @@ def test_slices_are_those_of_the_run_or_of_the_command_line_each_with_n(classifi
     assert refused.exit_code == 2 and "no row has the column 'knid'; closest is 'kind'" in refused.stderr
 
 
+def test_rows_that_predicting_cuts_or_would_overwrite_are_told(classified: Path, tmp_path: Path) -> None:
+    rows = rows_of(3)
+    long = write_rows(tmp_path / "long.jsonl", [*rows, {"text": "cat " * 1000}])
+    done = invoke("predict", classified, "--data", long)
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) == 4
+    assert "1 row of 4 truncated to 512 tokens" in " ".join(done.stderr.split())
+    taken = write_rows(tmp_path / "taken.jsonl", [*rows, {"text": "cat", "probabilities": 1}])
+    done = invoke("predict", classified, "--data", taken)
+    assert done.exit_code == 2 and "taken.jsonl line 4: there is a column 'probabilities' already" in done.stderr
+
+
 def test_the_adapter_names_its_classes_for_everybody(classified: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(classified / "adapter")
     assert config.id2label == dict(enumerate(ANIMALS)) and config.problem_type == "single_label_classification"
@@ -159,6 +170,7 @@ def test_a_row_of_the_test_file_that_says_nothing_is_named(shop: Path, tmp_path:
         ("chat", {"train": {"loss": "cross_entropy"}}, "'cross_entropy' is no loss of task 'chat'"),
         ("regress", {"data": {"label_names": ["a", "b"]}}, "is for task: classify, but task is 'regress'"),
         ("classify", {"data": {"system": "Be brief."}}, "is for chats, but task is 'classify'"),
+        ("text", {"eval": {"slices": ["kind"]}}, "eval.slices: is for classify and regress, but task is 'text'"),
     ],
 )
 def test_settings_of_another_task_are_refused(shop: Path, tmp_path: Path, task, sections, said) -> None:

@@ -98,6 +98,16 @@ def test_a_training_is_that_of_transformers_and_peft(kind: str) -> None:
         assert ours_now == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_numbers_that_are_none_are_told_by_the_loss_and_not_as_a_fault_of_the_rows(problem: Any) -> None:
+    bank = Bank(base_of("bert", problem=problem))
+    for name, tensor in bank.add("a", Lora(r=2)).state.items():
+        if name == "classifier.bias":
+            tensor.fill_(float("nan"))
+    scores = judge(bank, "a", labelled_examples(*LENGTHS, problem=problem))
+    assert scores.loss != scores.loss and not scores.metrics
+
+
 METHODS = [Lora(r=4), PromptTuning(num_virtual_tokens=3), PrefixTuning(num_virtual_tokens=3)]
 PEFTS = {
     Lora: peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]),

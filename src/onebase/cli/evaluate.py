@@ -52,6 +52,10 @@ def evaluate(  # noqa: PLR0913 (a verb's options are its parameters)
     accuracy, macro F1, AUROC, ECE and Brier; numbers: MSE, MAE and R2; each with a bootstrap interval, also by slices.
     """
     opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
+    if slices and opened.task in TOKEN_TASKS:
+        raise ConfigError(
+            f"--slice: is for classify and regress, but {opened.label} is for task {opened.task!r}. Leave it away."
+        )
     prepared, name = _rows(opened, data)
     report = prepared.report
     if report.dropped_rows or report.truncated:

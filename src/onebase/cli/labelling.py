@@ -30,7 +30,9 @@ def label_rows(opened: Opened, rows: "Sequence[Row]", column: str, out: Path | N
     bank = opened.bank
     labels, virtual = labels_of(bank.base), len(bank.virtual_ids(opened.adapter))
     limit = max_length_of(opened.data_settings("rows"), bank.base, virtual)
-    examples = examples_to_label(rows, bank.base.tokenizer, labels, limit)
+    examples, truncated = examples_to_label(rows, bank.base.tokenizer, labels, limit)
+    if truncated:
+        terminal.warn(f"{terminal.counted(truncated, 'row')} of {len(rows):,} truncated to {limit:,} tokens")
     with counting(f"labels by {opened.label}", len(rows), "rows") as advance:
         found = outputs_for(
             bank,

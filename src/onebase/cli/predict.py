@@ -12,7 +12,7 @@ import typer
 
 from onebase.cli import options, terminal
 from onebase.cli.counting import counting
-from onebase.cli.labelling import label_rows
+from onebase.cli.labelling import PROBABILITIES, label_rows
 from onebase.cli.opening import BaseOptions, Opened, open_adapter_or_model
 from onebase.cli.scores import TOKEN_TASKS
 from onebase.errors import ConfigError, DataError
@@ -54,8 +54,10 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
         _check_place(out, data)
     opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     rows = _rows(opened, data)
-    _check_column(rows, column)
+    _check_column(rows, column, "Give them another name: --column NAME")
     if opened.task not in TOKEN_TASKS:
+        if opened.task == "classify":
+            _check_column(rows, PROBABILITIES, "Rename that column.")
         label_rows(opened, rows, column, out)
         return
     answers = Answers(opened, rows, column, max_new_tokens)
@@ -111,14 +113,13 @@ def _rows(opened: Opened, data: str) -> Sequence["Row"]:
     return list(read_rows(data, columns={role: name for role, name in columns.items() if role not in _ANSWER_ROLES}))
 
 
-def _check_column(rows: Sequence["Row"], column: str) -> None:
+def _check_column(rows: Sequence["Row"], column: str, todo: str) -> None:
     """Raise if the answers would take the place of something that the rows hold."""
     taken = [row.place for row in rows if column in row.values]
     if taken:
         more = f" and in {terminal.counted(len(taken) - 1, 'more row')}" if len(taken) > 1 else ""
         raise DataError(
-            f"{taken[0]}: there is a column '{column}' already{more}, and the answers would take its place. Give them "
-            "another name: --column NAME"
+            f"{taken[0]}: there is a column '{column}' already{more}, and the answers would take its place. {todo}"
         )
 
 

@@ -253,7 +253,7 @@ _LOSSES = {
 }
 
 
-def _of_other_tasks(task: object, data: object, train: object) -> Iterator[Problem]:
+def _of_other_tasks(task: object, data: object, train: object, evaluation: object) -> Iterator[Problem]:
     """Yield settings that mean something for another task than the one there is."""
     chats = ("labels", "system", "template") if task in ("text", *_LOSSES) else ()
     for name in chats:
@@ -265,6 +265,8 @@ def _of_other_tasks(task: object, data: object, train: object) -> Iterator[Probl
     if loss is not None and loss not in _LOSSES.get(str(task), ()):
         known = ", ".join(_LOSSES.get(str(task), ())) or "none; tokens are learned by cross-entropy"
         yield Problem(("train", "loss"), f"{show(loss)} is no loss of task {show(task)} ({known}). Remove it.")
+    if take(evaluation, "slices") and task not in _LOSSES:
+        yield Problem(("eval", "slices"), f"is for classify and regress, but task is {show(task)}. Remove it.")
 
 
 class Settings(Section):
@@ -308,7 +310,7 @@ class Settings(Section):
                         f"needs rows to evaluate on, but data.valid is not given; got {show(take(train, name))}. "
                         "Add, for example: data.valid: 0.05",
                     )
-        yield from _of_other_tasks(values.get("task", "chat"), data, train)
+        yield from _of_other_tasks(values.get("task", "chat"), data, train, values.get("eval"))
 
     def resolved(self) -> "Settings":
         """Return equal settings in which what the adapter method decides is written down."""

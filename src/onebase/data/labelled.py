@@ -160,13 +160,16 @@ def _number(value: Any) -> float:
     return number
 
 
-def examples_to_label(rows: Sequence[Row], tokenizer: Tokenizer, labels: Labels, max_length: int | None) -> Examples:
-    """Return one example a row, whose target says nothing.
+def examples_to_label(
+    rows: Sequence[Row], tokenizer: Tokenizer, labels: Labels, max_length: int | None
+) -> tuple[Examples, int]:
+    """Return one example a row, whose target says nothing, and how many rows lost their end to `max_length`.
 
     Raises:
         DataError: rows without a text, with their places.
     """
-    way = Labelled(tokenizer, labels, max_length, Report(), wanted=False)
+    report = Report()
+    way = Labelled(tokenizer, labels, max_length, report, wanted=False)
     made, problems = list[Example](), list[str]()
     for row, outcome in way.make(rows):
         if isinstance(outcome, Fault):
@@ -175,4 +178,4 @@ def examples_to_label(rows: Sequence[Row], tokenizer: Tokenizer, labels: Labels,
             made += outcome
     if problems:
         raise DataError(problems[0] if len(problems) == 1 else list_problems(f"{len(rows)} rows", problems, shown=10))
-    return Examples(made)
+    return Examples(made), report.truncated

@@ -119,9 +119,8 @@ def judge(
     assert wanted is not None, "examples of such a task have targets"
     if problem == "regression":
         found = found[:, 0]
-        metrics = number_scores(found, wanted)
-    else:
-        metrics = (class_scores if problem == "single_label_classification" else multi_label_scores)(found, wanted)
+    scores = {"class": class_scores, "multi_label": multi_label_scores, "number": number_scores}[_KINDS[problem]]
+    metrics = scores(found, wanted) if np.isfinite(found).all() else {}  # the loss says it
     loss = float(torch.cat(losses).mean())
     return TaskScores(problem, loss, metrics, len(examples), examples.token_count, found, wanted)
 
