@@ -128,8 +128,8 @@ def _before_and_after(result: "Result", scores: Mapping[int, "Judged"], task: st
     """Return the table of the validation rows' scores; accuracies of evaluations in an earlier process are not known."""
     last = result.best_step if result.best_step is not None else result.steps
     if 0 in scores and last in scores:
-        both = zip(named(scores[0]), named(scores[last]), strict=False)
-        rows = [(name, before, after) for (name, before), (_, after) in both]
+        ends = dict(named(scores[last]))  # a metric may be undefined at one of the two
+        rows = [(name, value, ends.get(name, "-")) for name, value in named(scores[0])]
     else:
         before, after = result.valid_loss_before, result.valid_loss
         rows = [("loss", terminal.loss(before), terminal.loss(after))]
