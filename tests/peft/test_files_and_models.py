@@ -264,3 +264,27 @@ def test_an_adapter_of_onebase_train_opens_on_the_model_of_its_folder_and_on_no_
         ours.PeftModel.from_pretrained(open_model(tmp_path / "other"), folder)
     with pytest.warns(UserWarning, match="does not say which weights it has"):
         ours.PeftModel.from_pretrained(model_of("llama"), folder)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_classifier_learns_virtual_tokens_and_its_head_alike(name: str, tmp_path) -> None:
+    fields = {"task_type": "SEQ_CLS", "num_virtual_tokens": 3}
+    theirs, mine = pair(name, "PromptTuningConfig", changes={"num_labels": 3}, **fields)
+    ids = ids_of(4)
+    given = {"attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2, 1, 1])}
+    given |= {"token_type_ids": torch.ones_like(ids)} if name == "bert" else {}
+    for _ in range(2):
+        assert_same_step(theirs, mine, input_ids=ids, **given)
+        fill_(theirs, mine)
+    for model in (theirs, mine):
+        model.save_pretrained(tmp_path / type(model).__module__.partition(".")[0])
+    assert_same_files(tmp_path / "peft", tmp_path / "onebase")
+    again = ours.PeftModel.from_pretrained(model_of(name, num_labels=3), tmp_path / "peft")
+    assert torch.equal(again(input_ids=ids).logits, mine.eval()(input_ids=ids).logits)
+
+
+def test_what_has_no_effect_when_an_adapter_is_loaded_is_said(tmp_path) -> None:
+    front_of(ours, "llama", "LoraConfig").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="torch_device has no effect"):
+        front = ours.PeftModel.from_pretrained(model_of("llama"), tmp_path, torch_device="cpu")
+    assert front.active_adapter == "default"

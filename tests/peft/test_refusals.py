@@ -27,7 +27,7 @@ from tests.peft.pairs import front_of, ids_of, model_of
         ("IA3Config", {"target_modules": ["a"], "feedforward_modules": ["b"]}, "got b beside them"),
         ("PromptTuningConfig", {}, "num_virtual_tokens is not given"),
         ("PromptTuningConfig", {"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT"}, "needs tokenizer_name_or_path and"),
-        ("PromptTuningConfig", {"num_virtual_tokens": 3, "task_type": "SEQ_CLS"}, "trains a head beside the virtual tokens"),
+        ("PromptTuningConfig", {"num_virtual_tokens": 3, "task_type": "QUESTION_ANS"}, "QUESTION_ANS is not in this onebase"),
         ("PrefixTuningConfig", {"num_virtual_tokens": 3, "init_weights": "one"}, "must be None or 'zero', got 'one'"),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 import onebase.peft as ours
+from tests.data.tiny import byte_tokenizer
 from tests.peft.pairs import CLOSE, GPT2, assert_same_files, front_of, ids_of, model_of, quietly, trained
 
 
@@ -107,3 +108,24 @@ def test_what_a_trainer_saved_is_opened_again(tmp_path) -> None:
     again = ours.PeftModel.from_pretrained(model_of("gpt2"), tmp_path)
     mine.eval()
     assert torch.equal(again(input_ids=ids_of()).logits, mine(input_ids=ids_of()).logits)
+
+
+def test_trl_s_trainer_takes_it_for_what_it_is(tmp_path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = Dataset.from_list([{"text": "the cat ran away " * (1 + i % 2)} for i in range(8)])
+    losses = []
+    for lib in (peft, ours):
+        model = front_of(lib, "gpt2", "LoraConfig", target_modules=GPT2, changes={"vocab_size": len(tokenizer)})
+        args = SFTConfig(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to="none",
+            use_cpu=True, bf16=False, learning_rate=1e-2, save_strategy="no",
+        )  # fmt: skip
+        trainer = quietly(lambda m=model, a=args: SFTTrainer(m, a, train_dataset=rows, processing_class=tokenizer))
+        quietly(trainer.train)
+        losses.append(losses_of(trainer))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][-1] < losses[1][0]

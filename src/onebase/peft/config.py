@@ -298,17 +298,17 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     is_prompt_learning: ClassVar[bool] = True
-    refused: ClassVar[Mapping[str, str]] = {"modules_to_save": "a whole module beside virtual tokens"}
+    tasks_refused: ClassVar[tuple[TaskType, ...]] = (TaskType.QUESTION_ANS,)
 
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
         if self.num_virtual_tokens is None:
             raise ConfigError(f"{type(self).__name__}: num_virtual_tokens is not given. Set it, 20 for example.")
-        if self.task_type in HEADS:
+        if self.task_type in self.tasks_refused:
             raise ConfigError(
-                f"{type(self).__name__}: task_type {self.task_type} trains a head beside the virtual tokens, which is not "
-                "in this onebase. Use LoraConfig, or peft for this adapter."
+                f"{type(self).__name__}: task_type {self.task_type} is not in this onebase with these virtual tokens. Use "
+                "LoraConfig, or peft for this adapter."
             )
         if self.num_transformer_submodules not in (None, 1):
             raise ConfigError(
@@ -327,9 +327,7 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
-    refused: ClassVar[Mapping[str, str]] = dict(PromptLearningConfig.refused) | {
-        "tokenizer_kwargs": "a tokenizer with settings of its own"
-    }
+    refused: ClassVar[Mapping[str, str]] = {"tokenizer_kwargs": "a tokenizer with settings of its own"}
 
     def __post_init__(self) -> None:
         """Check that a text to start from comes with a tokenizer."""
@@ -347,7 +345,7 @@ class PromptTuningConfig(PromptLearningConfig):
                 f"PromptTuningConfig: prompt_tuning_init must be one of {', '.join(PromptTuningInit)}, got "
                 f"{self.prompt_tuning_init!r}."
             )
-        return PromptTuning(num_virtual_tokens=self.num_virtual_tokens, prompt_tuning_init="RANDOM")
+        return PromptTuning(num_virtual_tokens=self.num_virtual_tokens, prompt_tuning_init="RANDOM", **others)
 
 
 @dataclass
@@ -357,6 +355,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     init_weights: str | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
+
+    tasks_refused: ClassVar[tuple[TaskType, ...]] = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
     def __post_init__(self) -> None:
         """Check the first values."""
@@ -372,6 +372,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             num_virtual_tokens=self.num_virtual_tokens,
             prefix_projection=self.prefix_projection,
             encoder_hidden_size=hidden,
+            **others,
         )
 
 

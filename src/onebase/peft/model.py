@@ -97,16 +97,19 @@ class PeftModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls, model: Any, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
-        config: PeftConfig | None = None,
+        config: PeftConfig | None = None, **unused: Any,
     ) -> PeftModel:  # fmt: skip
         """Return a model with the adapter in a folder; without `is_trainable` in evaluation mode, nothing trained.
+
+        Args:
+            unused: what PEFT takes and has no effect here (torch_device, low_cpu_mem_usage, ...); warned about.
 
         Raises:
             FileFormatError: there is none, it is damaged or does not fit the model.
         """
         front = cls.__new__(cls)
         front._start(model, config or PeftConfig.from_pretrained(model_id))
-        front.load_adapter(model_id, adapter_name, is_trainable=is_trainable, config=config)
+        front.load_adapter(model_id, adapter_name, is_trainable=is_trainable, config=config, **unused)
         front.set_adapter(adapter_name, inference_mode=not is_trainable)
         return front
 
@@ -142,7 +145,7 @@ class PeftModel(nn.Module):
                 return self.get_base_model()(*args, **named)
         if not self._virtual or self._disabled or not self._active:
             return self.get_base_model()(*args, **named)
-        return virtual.forward(self._bank, self._active, args, named)
+        return virtual.forward(self._bank, self._active, self.active_peft_config.task_type, args, named)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
         """Return what the model's own `generate` returns, virtual tokens not among it."""
@@ -205,17 +208,19 @@ class PeftModel(nn.Module):
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, *,
-        config: PeftConfig | None = None, torch_device: str | None = None,
+        config: PeftConfig | None = None, **unused: Any,
     ) -> Any:  # fmt: skip
         """Put the adapter in a folder on the model, or its tensors into the adapter of that name.
 
         Args:
-            torch_device: has no effect: an adapter goes where its modules are.
+            unused: what PEFT takes and has no effect here: an adapter goes where its modules are; warned about.
 
         Raises:
             FileFormatError: there is none, it is damaged or does not fit the model.
         """
         self._unmerge_first()
+        if unused:
+            warnings.warn(f"{', '.join(sorted(unused))} has no effect when an adapter is loaded", stacklevel=2)
         with as_it_was(self.get_base_model(), self._bank.base):
             stored = folder.read(checked_path(model_id), self._bank)
             adapter = None

@@ -42,10 +42,11 @@ def complete(places: Places, config: Any) -> AdapterSettings:
         TargetError: it names no module of the base, or the base is none of those that have defaults.
         ConfigError: a value that the settings do not allow.
     """
-    if isinstance(config, PromptLearningConfig):
-        return _complete_shapes(places, config)
     heads = HEADS.get(config.task_type or "", ())
     config.modules_to_save = [*(config.modules_to_save or ()), *heads] or None
+    if isinstance(config, PromptLearningConfig):
+        _complete_shapes(places, config)
+        return config.settings("", modules_to_save=_saved(places, config) or None)
     _complete_targets(places, config)
     saved = _saved(places, config)
     paths = _paths(places, config)
@@ -68,8 +69,8 @@ def _ends_with(names: Any, path: str) -> bool:
     return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
 
 
-def _complete_shapes(places: Places, config: PromptLearningConfig) -> AdapterSettings:
-    """Fill in the shapes that the model has, and return the settings."""
+def _complete_shapes(places: Places, config: PromptLearningConfig) -> None:
+    """Fill in the shapes that the model has."""
     text = places.base.model.config.get_text_config()
     if isinstance(config, PrefixTuningConfig):
         shape = key_shape(places.base)
@@ -91,7 +92,6 @@ def _complete_shapes(places: Places, config: PromptLearningConfig) -> AdapterSet
         setattr(config, name, int(number))
     if isinstance(config, PrefixTuningConfig):
         config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
-    return config.settings("")
 
 
 def _complete_targets(places: Places, config: Any) -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 from onebase.adapters.bank import Bank
 from onebase.config.methods import PrefixTuning
 from onebase.errors import ConfigError
+from onebase.peft.config import TaskType
 
 _IGNORED = -100
 
 
-def forward(bank: Bank, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+def forward(bank: Bank, name: str, task: str | None, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """Return what the model makes of a call with an adapter's virtual tokens before every sequence."""
     count = bank.adapters[name].virtual_tokens
     prefix = isinstance(bank.adapters[name].settings, PrefixTuning)
@@ -32,7 +33,9 @@ def forward(bank: Bank, name: str, args: tuple[Any, ...], named: Mapping[str, An
         if given.get("past_key_values") is not None:
             raise ConfigError("past_key_values: a call cannot go on from another with virtual tokens. Use generate.")
         call = _lengthened(bank, name, model, given)
-        if (labels := given.get("labels")) is not None:
+        if (types := given.get("token_type_ids")) is not None and task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            call["token_type_ids"] = _before(types, count, 0)
+        if (labels := given.get("labels")) is not None and task != TaskType.SEQ_CLS:
             call["labels"] = _before(labels, count, _IGNORED)
             if prefix:  # in PEFT no token stands before the first, which is then not predicted
                 call["labels"][:, count] = _IGNORED
@@ -61,9 +64,9 @@ def _lengthened(bank: Bank, name: str, model: Any, given: Mapping[str, Any]) -> 
     """Return a call's arguments with virtual tokens, and embeddings in place of ids."""
     count = bank.adapters[name].virtual_tokens
     call = {key: value for key, value in given.items() if key not in ("input_ids", "inputs_embeds")}
-    for unused in ("position_ids", "token_type_ids"):
-        if call.pop(unused, None) is not None:
-            warnings.warn(f"{unused} has no effect with virtual tokens", stacklevel=4)
+    call.pop("token_type_ids", None)  # as PEFT does, which says so
+    if call.pop("position_ids", None) is not None:
+        warnings.warn("position_ids has no effect with virtual tokens", stacklevel=4)
     embed = model.get_input_embeddings()
     own = given.get("inputs_embeds")
     if own is None:
