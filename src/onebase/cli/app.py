@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from onebase import __version__
-from onebase.cli import chat, evaluate, failure, lint, listing, merge, predict, preview, raise_on_sigint, train, verify
+from onebase.cli import (
+    chat,
+    evaluate,
+    export,
+    failure,
+    lint,
+    listing,
+    merge,
+    predict,
+    preview,
+    raise_on_sigint,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="onebase",
@@ -75,6 +88,7 @@ _verb(
     "merge runs/first --out models/half --dtype bfloat16",
 )
 _verb(app, "verify", verify.verify, "verify runs/first", "verify runs/first --data test.jsonl --json")
+_verb(app, "export", export.export, "export runs/first --out adapters/first --portable")
 _verb(app, "lint", lint.lint, "lint runs/first", "lint runs/first --for vllm,llama.cpp --json")
 _verb(app, "preview", preview.preview, "preview run.yaml --rows 5")
 _verb(app, "targets", listing.targets, "targets smollm2-135m-instruct")

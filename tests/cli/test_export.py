@@ -1,0 +1,45 @@
+"""`onebase export`: what it writes, what it says, and how it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.cli.world import invoke
+
+
+@pytest.fixture
+def run(trained, world):
+    shutil.copytree(trained / "run", world / "run")
+    return world / "run"
+
+
+def test_a_portable_adapter_scores_as_the_adapter_does_and_says_what_was_found(run):
+    result = invoke("export", "run", "--out", "plain", "--portable")
+    assert result.exit_code == 0, result.output
+    assert "plain LoRA of rank 2, lora_alpha 2" in result.stdout and "onebase lint plain" in result.stdout
+    assert invoke("lint", "plain", "--for", "vllm,sglang,llama.cpp").exit_code == 0
+    losses = [
+        json.loads(invoke("eval", folder, "--data", "valid.jsonl", "--json").stdout)["loss"]
+        for folder in ("run", "plain")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_json_has_every_figure(run):
+    result = invoke("export", "run/adapter", "--out", "plain", "--portable", "--json")
+    found = json.loads(result.stdout)
+    assert found["r"] == 2 and found["pairs"] == 14 and found["zero_pairs"] == 0
+    assert 0 <= found["update_difference"] < 1e-6 and 0 <= found["output_difference"] < 1e-4
+
+
+def test_wrong_use_exits_with_2_and_writes_nothing(run, tmp_path):
+    for words, told in (
+        (("--out", "plain"), "export needs a form. Give one: --portable"),
+        (("--out", "model", "--portable"), "model: is there already. Choose another --out."),
+        (("--out", "plain", "--portable", "--model", "nowhere/nothing"), "nothing"),
+    ):
+        result = invoke("export", "run", *words)
+        assert result.exit_code == 2, words
+        assert told in result.stderr
+    assert not (tmp_path / "plain").exists()
