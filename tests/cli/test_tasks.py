@@ -146,6 +146,17 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(classified: Path, shop: Path) -
     assert (out / name).read_bytes() == (classified / name).read_bytes()
 
 
+def test_a_run_does_not_go_on_with_classes_of_other_names(shop: Path, tmp_path: Path) -> None:
+    rows = rows_of(30)
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    config, out = settings(shop, "classify", data={"train": str(data), "valid": 0.2}), tmp_path / "run"
+    assert invoke("train", config, "--out", out).exit_code == 0
+    (out / "result.json").unlink()
+    write_rows(data, [{**row, "label": row["label"].replace("owl", "pig")} for row in rows])
+    done = invoke("train", config, "--out", out, "--resume")
+    assert done.exit_code == 2 and "have changed since the run was started: the names of the classes" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "said"),
     [

@@ -26,6 +26,7 @@ def rows_of(*values: Any, name: str = "label") -> Any:
     [
         (["dog", "cat", "dog"], ("cat", "dog"), "single_label_classification"),
         ([10, 9, 2], ("2", "9", "10"), "single_label_classification"),
+        (["10", "9", "-2"], ("-2", "9", "10"), "single_label_classification"),
         ([True, False], ("False", "True"), "single_label_classification"),
         ([["dog"], [], ["cat", "dog"]], ("cat", "dog"), "multi_label_classification"),
         ([["dog"]], ("dog",), "multi_label_classification"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> La
     """
     if task == "regress":
         return Labels("regression")
-    found: dict[str, Any] = {}
+    found: dict[str, None] = {}
     lists, places = set(), []
     for row in rows:
         value = None if row.fault else row.values.get("label")
@@ -45,7 +46,7 @@ def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> La
         places.append(row.place)
         for one in value if isinstance(value, list) else [value]:
             if _is_label(one):
-                found.setdefault(str(one), one)
+                found[str(one)] = None
     if len(lists) > 1:
         raise DataError(
             "'label' is a list in some rows and a single class in others. Write it one way: a list in every row means "
@@ -54,8 +55,8 @@ def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> La
     if not places:
         raise DataError("no row has a 'label'. Name the column: data.columns: {label: COLUMN}")
     if not names:
-        plain = all(isinstance(one, int) for one in found.values())
-        names = sorted(found, key=int if plain and not any(isinstance(o, bool) for o in found.values()) else str)
+        numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in found)  # also as CSV has them
+        names = sorted(found, key=(lambda name: (int(name), name)) if numbers else str)
         if len(names) < 2 and lists != {True}:
             raise DataError(
                 f"every row has the label {names[0] if names else 'null'!r}: with one class there is nothing to learn. Add rows "

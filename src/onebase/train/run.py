@@ -282,6 +282,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "base_fingerprint": job.bank.base.fingerprint,
         "train_fingerprint": job.train.fingerprint,
         "valid_fingerprint": None if job.valid is None else job.valid.fingerprint,
+        "classes": None if job.bank.base.labels is None else list(job.bank.base.labels.names),
         "settings_sha256": job.settings_sha256,
         "dtype": str(job.bank.base.dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -376,6 +377,7 @@ _SAME = {
     "base_fingerprint": "the base",
     "train_fingerprint": "the training rows",
     "valid_fingerprint": "the validation rows",
+    "classes": "the names of the classes",
     "dtype": "the base's number format",
     "settings_sha256": "the settings (config.yaml in the run's folder)",
 }
