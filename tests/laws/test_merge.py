@@ -15,6 +15,7 @@ from onebase.adapters.lora import LoraPart
 from onebase.adapters.merging import check_mergeable
 from onebase.base.fingerprint import fingerprint_of_state
 from onebase.base.model import Base
+from onebase.base.pretrained import open_pretrained
 from onebase.base.writing import write_model
 from onebase.config.methods import Ia3, Lora
 from onebase.errors import CapacityError, ConfigError, TargetError, VerificationError
@@ -162,9 +163,13 @@ def test_a_merge_is_computed_in_fp32_and_rounded_once_into_the_format_asked_for(
 DAMAGED = "model.layers.1.mlp.up_proj"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merge_with_one_layers_scale_doubled_is_caught_and_the_layer_named(dtype, tmp_path, monkeypatch):
-    bank = bank_with("llama", Lora, dtype, r=4)
+@pytest.mark.parametrize(
+    ("own", "stored", "size"),
+    [("float32", None, 0.1), ("float32", "bfloat16", 0.003), ("bfloat16", None, 0.03), ("bfloat16", "float32", 0.03)],
+)
+def test_a_merge_with_one_layers_scale_doubled_is_caught_and_the_layer_named(own, stored, size, tmp_path, monkeypatch):
+    bank = bank_with("llama", Lora, getattr(torch, own), size, r=4)
+    dtype = None if stored is None else getattr(torch, stored)
     right = LoraPart.merge_
 
     def wrong(part: Any, module: Any) -> None:
@@ -173,11 +178,26 @@ def test_a_merge_with_one_layers_scale_doubled_is_caught_and_the_layer_named(dty
             right(part, module)
 
     monkeypatch.setattr(LoraPart, "merge_", wrong)
-    with pytest.raises(VerificationError, match=rf"Look at {DAMAGED} first"):
-        merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
+    with pytest.raises(VerificationError, match=rf"merging failed: {DAMAGED} does not do merged what it does"):
+        merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS), dtype=dtype)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(LoraPart, "merge_", right)
-    merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
+    merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS), dtype=dtype)
+
+
+def test_results_that_differ_although_every_tensor_is_right_are_refused_with_the_worst_layer(tmp_path, monkeypatch):
+    bank = bank_with("llama", Lora, r=4)
+    opened = open_pretrained
+
+    def other(*args: Any, **more: Any) -> Any:
+        model, *rest = opened(*args, **more)
+        model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *call: 1.5 * call[-1])
+        return model, *rest
+
+    monkeypatch.setattr("onebase.train.merging.open_pretrained", other)
+    with pytest.raises(VerificationError, match=rf"read again, does not do .* modules differ {DAMAGED} by 5\.0e-01"):
+        merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_written_file_that_is_damaged_is_caught_and_the_tensor_named(tmp_path, monkeypatch):
@@ -206,7 +226,7 @@ def test_results_that_are_not_numbers_are_never_within_bounds(tmp_path, monkeypa
             module.weight[0, 0] = float("nan")
 
     monkeypatch.setattr(LoraPart, "merge_", wrong)
-    with pytest.raises(VerificationError, match=rf"by nan .*{DAMAGED} by inf"):
+    with pytest.raises(VerificationError, match=rf"modules differ {DAMAGED} by inf"):
         merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
 
 
@@ -220,6 +240,12 @@ def test_what_is_there_already_and_what_does_not_fit_is_told_before_anything_is_
     with pytest.raises(CapacityError, match="of memory are free"):
         merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
     assert not (tmp_path / "merged").exists()
+
+
+def test_whoever_can_read_the_configuration_can_read_the_weights(tmp_path):
+    merged_to(tmp_path / "merged", bank_with("llama", Lora, r=4))
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
 
 
 def test_generation_settings_are_written_as_they_are(tmp_path):

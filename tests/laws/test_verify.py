@@ -140,7 +140,7 @@ def test_a_merge_that_is_wrong_is_told_with_the_layer(shop, adapter, monkeypatch
     monkeypatch.setattr(LoraPart, "merge_", wrong)
     checks = verify(subject_of(shop, adapter))
     assert failures(checks) == ["merged = unmerged"]
-    assert f"Look at {damaged} first" in checks[1].said
+    assert f"merging failed: {damaged} does" in checks[1].said
     assert checks[1].found is not None and checks[1].bound is not None and checks[1].found > checks[1].bound
 
 

@@ -37,10 +37,18 @@ _WHY_NOT = {
 }
 
 
-def merged_state(bank: Bank, name: str, *, untie: bool = False, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def merged_state(
+    bank: Bank,
+    name: str,
+    *,
+    untie: bool = False,
+    dtype: torch.dtype | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> dict[str, Tensor]:
     """Return the state dict of the plain model that does what the base and adapter `name` do together.
 
     Args:
+        modules: what `merged_modules` returned; None: it is asked.
         dtype: what takes the place of the base's dtype; None: every tensor keeps its own.
         untie: let a weight that the base shares between modules become two that differ; the model that loads the state
             must not tie them (`tie_word_embeddings: false` in its configuration).
@@ -50,7 +58,10 @@ def merged_state(bank: Bank, name: str, *, untie: bool = False, dtype: torch.dty
     """
     state = plain_state(bank.base.model)
     formats = {key: _stored_as(tensor, bank.base.dtype, dtype) for key, tensor in state.items()}
-    changed = _changed(bank, name, state, formats, untie=untie)
+    merged = merged_modules(bank, name) if modules is None else modules
+    changed = _changed(bank, name, merged, formats)
+    if not untie:
+        _check_ties(bank, name, state, changed)
     return {key: changed[key] if key in changed else tensor.to(formats[key]) for key, tensor in state.items()}
 
 
@@ -93,7 +104,9 @@ class Merged:
 
     def _merge(self, bank: Bank, name: str) -> None:
         state = plain_state(bank.base.model)
-        changed = _changed(bank, name, state, {key: own.dtype for key, own in state.items()}, untie=False)
+        formats = {key: own.dtype for key, own in state.items()}
+        changed = _changed(bank, name, merged_modules(bank, name), formats)
+        _check_ties(bank, name, state, changed)
         live = _live_tensors(bank.base.model)
         one_of = {(state[key].data_ptr(), state[key].shape): tensor for key, tensor in changed.items()}  # tied: one
         for key in changed:
@@ -156,10 +169,10 @@ def _adapter(bank: Bank, name: str) -> Adapter:
 
 
 def _changed(
-    bank: Bank, name: str, state: Mapping[str, Tensor], formats: Mapping[str, torch.dtype], *, untie: bool
+    bank: Bank, name: str, merged: Mapping[str, nn.Module], formats: Mapping[str, torch.dtype]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a plain state that merging an adapter changes, rounded once, to the given formats."""
-    merged = _merged_modules(bank, _adapter(bank, name))
+    """Return the tensors of the plain state that merged modules change, rounded once, to the given formats."""
+    state = plain_state(bank.base.model)
     changed: dict[str, Tensor] = {}
     for path, module in merged.items():
         for key, tensor in plain_state(module).items():
@@ -171,8 +184,6 @@ def _changed(
                 )
             if not torch.equal(own.to(tensor.dtype), tensor):
                 changed[f"{path}.{key}"] = tensor.to(formats[f"{path}.{key}"])
-    if not untie:
-        _check_ties(bank, name, state, changed)
     return changed
 
 
@@ -191,8 +202,13 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _merged_modules(bank: Bank, adapter: Adapter) -> dict[str, nn.Module]:
-    """Return a changed copy, in fp32 at least, of every module that the adapter has parts on."""
+def merged_modules(bank: Bank, name: str) -> dict[str, nn.Module]:
+    """Return a changed copy, in fp32 at least, of every module that an adapter has parts on, by path.
+
+    Raises:
+        ConfigError: a part cannot be written into its module.
+    """
+    adapter = _adapter(bank, name)
     check_mergeable(adapter)
     merged: dict[str, nn.Module] = {}
     for part in adapter.parts:

@@ -53,6 +53,8 @@ def write_model(model: Any, folder: Path, base: Base) -> None:
             own.to_json_file(folder / GENERATION_NAME, use_diff=True)  # as it is: saving would refuse some of the hub's
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # safetensors writes what its owner alone can read
+        weights.chmod((folder / "config.json").stat().st_mode)
     clean_json(folder / "config.json", set())
     clean_json(folder / GENERATION_NAME, set())
     clean_json(folder / "tokenizer_config.json", {"is_local", "local_files_only", "name_or_path"})

@@ -1,11 +1,11 @@
-"""An adapter on its base against a model that should do the same: results as a whole, and module by module.
+"""An adapter on its base against what should do the same: a plain model as a whole, and merged modules one by one.
 
-Both run on the same inputs. Each time the base calls a module that the adapter is on, the other model's module of the
-same path is called with the very same arguments: so an error is measured where it is made, not where it has been
-carried to, and the module that is wrong is named. Differences are relative: of results to the largest number of
-theirs, of a module's outputs to their norm over all inputs. One table of bounds, by number format.
+Each time the base calls a module that the adapter is on, the merged module of the same path is called with the very
+same arguments: so an error is measured where it is made, not where it has been carried to, and the module that is wrong
+is named. Differences are relative: of results to the largest number of theirs, of a module's outputs to their norm over
+all inputs. One table of bounds, by number format.
 
-Called by merging.py and verifying.py. Cost: two forwards, and each adapted module once more.
+Called by merging.py and verifying.py. Cost: a forward each, and each adapted module once more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onebase.adapters.bank import Adapter, Bank
+from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
 from onebase.errors import ConfigError
 
@@ -33,58 +33,41 @@ class Bounds:
     module: float
 
 
-# fp64: models take softmax, norms and rotary angles in fp32. Halves: a weight is rounded to 2^-11 or 2^-8 of itself, the
-# unmerged update to as much of the output, twice; through all layers that grows.
+# fp64: models take softmax, norms and rotary angles in fp32. A half rounds a module's output and the update beside it to
+# 2^-11 or 2^-8 of themselves (merged modules are computed in fp32); through all layers that grows.
 BOUNDS = {
     torch.float64: Bounds(1e-6, 1e-6),
     torch.float32: Bounds(1e-4, 1e-4),
-    torch.float16: Bounds(2e-2, 4e-3),
-    torch.bfloat16: Bounds(5e-2, 2e-2),
+    torch.float16: Bounds(2e-2, 2e-3),
+    torch.bfloat16: Bounds(5e-2, 1e-2),
 }
 _HALVES = (torch.bfloat16, torch.float16)
 _SHOWN = 3
 
 
-def bounds_of(*dtypes: torch.dtype) -> Bounds:
-    """Return the bounds for a comparison between models of these formats: the widest."""
-    return max((BOUNDS[dtype] for dtype in dtypes), key=lambda bounds: bounds.results)
-
-
 @dataclass(frozen=True)
 class Differences:
-    """What a comparison found: `results` of the largest result, `modules` by path, the worst first."""
+    """What comparisons found: `results` of the largest result, `modules` by path, the worst first."""
 
     results: float
+    results_bound: float
     modules: Mapping[str, float]
-    bounds: Bounds
-
-    @property
-    def within(self) -> bool:
-        """Whether rounding explains all of it."""
-        return self.results <= self.bounds.results and self.worst[1] <= self.bounds.module
+    module_bound: float
 
     @property
     def worst(self) -> tuple[str, float]:
         """The module that differs most, and by how much."""
         return next(iter(self.modules.items()), ("no module", 0.0))
 
-    def __str__(self) -> str:
-        listed = ", ".join(f"{path} by {value:.1e}" for path, value in list(self.modules.items())[:_SHOWN])
-        return (
-            f"the results differ by {self.results:.1e} of the largest (bound {self.bounds.results:.0e}); most of all "
-            f"modules differs {listed or 'none'} (bound {self.bounds.module:.0e})"
-        )
-
 
 @torch.no_grad()
-def compare(bank: Bank, name: str, other: Any, inputs: Sequence[Inputs]) -> Differences:
-    """Return how far a plain model is from the base with adapter `name`, over all inputs."""
-    base, tally = bank.base, _Tally()
-    dtype = next((p.dtype for p in other.parameters() if p.is_floating_point()), base.dtype)
+def compare_results(bank: Bank, name: str, other: Any, inputs: Sequence[Inputs]) -> tuple[float, float]:
+    """Return how far a plain model's results are from those of the base with adapter `name`, and the bound for it."""
+    base, dtype = bank.base, dtype_of(other)
     largest, distances = [0.0], [0.0]
     for given in inputs:
         given = {key: value.to(base.device) for key, value in given.items()}
-        with base.native(bank.sole_route(name)) as model, _beside(model, bank.adapters[name], other, dtype, tally):
+        with base.native(bank.sole_route(name)) as model:
             own = numbers_of(model(**_floats_as(given, base.dtype)))
         with _computing_in(dtype, base.device):
             theirs = numbers_of(other(**_floats_as(given, dtype)))
@@ -92,7 +75,30 @@ def compare(bank: Bank, name: str, other: Any, inputs: Sequence[Inputs]) -> Diff
         largest.append(float(own.abs().max()))
         distances.append(float((theirs.to(wide) - own.to(wide)).abs().max()))
     furthest = float(torch.tensor(distances, dtype=torch.float64).max())  # unlike Python's max, NaN if any is
-    return Differences(furthest / max(*largest, 1e-6), tally.relative(), bounds_of(base.dtype, dtype))
+    return furthest / max(*largest, 1e-6), max(BOUNDS[base.dtype].results, BOUNDS[dtype].results)
+
+
+@torch.no_grad()
+def compare_modules(
+    bank: Bank, name: str, modules: Mapping[str, nn.Module], inputs: Sequence[Inputs]
+) -> dict[str, float]:
+    """Return how far merged modules are from those of the base with adapter `name`, by path, the worst first."""
+    base, tally = bank.base, _Tally()
+    for given in inputs:
+        given = {key: value.to(base.device) for key, value in given.items()}
+        with base.native(bank.sole_route(name)) as model, _beside(model, modules, tally):
+            model(**_floats_as(given, base.dtype))
+    return tally.relative()
+
+
+def listed(modules: Mapping[str, float]) -> str:
+    """Return the modules that differ most, in words."""
+    return ", ".join(f"{path} by {value:.1e}" for path, value in list(modules.items())[:_SHOWN]) or "none"
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Return the format of a module's first weight."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def numbers_of(out: Any) -> Tensor:
@@ -150,23 +156,23 @@ class _Tally:
 
 
 @contextmanager
-def _beside(model: nn.Module, adapter: Adapter, other: nn.Module, dtype: torch.dtype, tally: _Tally) -> Iterator[None]:
-    """Call the other model's modules with what the adapter's modules are called with, for as long as this is open."""
-    paths = {part.path for part in adapter.parts}
+def _beside(model: nn.Module, modules: Mapping[str, nn.Module], tally: _Tally) -> Iterator[None]:
+    """Call the merged modules with what the adapted ones are called with, for as long as this is open."""
     device = next(model.parameters()).device
 
-    def watch(path: str, twin: nn.Module, args: tuple[Any, ...], named: dict[str, Any], own: Any) -> None:
+    def watch(path: str, args: tuple[Any, ...], named: dict[str, Any], own: Any) -> None:
+        twin = modules[path]
+        dtype = dtype_of(twin)
         with _computing_in(dtype, device):
             theirs = twin(*_floats_as(args, dtype), **_floats_as(named, dtype))
         tally.add(path, _first_tensor(own), _first_tensor(theirs))
 
     hooks = [
         layer.register_forward_hook(
-            lambda _, args, named, own, path=layer.path: watch(path, other.get_submodule(path), args, named, own),
-            with_kwargs=True,
+            lambda _, args, named, own, path=layer.path: watch(path, args, named, own), with_kwargs=True
         )
         for layer in model.modules()
-        if isinstance(layer, AdaptedLayer) and layer.path in paths
+        if isinstance(layer, AdaptedLayer) and layer.path in modules
     ]
     try:
         yield

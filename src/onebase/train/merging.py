@@ -1,13 +1,16 @@
 """One adapter merged into a plain model folder that is known to do what adapter and base do together.
 
-    plan    which tensors change, whether memory and disk hold it
-    write   the merged weights, in fp32 until they are stored, to a hidden name
-    verify  the folder is opened by transformers as anybody would: every tensor is the one that was computed, and results
-            and adapted modules are those of the unmerged model on real rows, within the rounding of the format
+    plan    whether it can be merged, whether memory and disk hold it
+    merge   every adapted module in fp32; each must do, on real rows, what it does beside the base
+    write   the weights, rounded once to the format they are stored in, to a hidden name
+    verify  the folder is opened by transformers as anybody would: every tensor is, bit for bit, the one computed, and the
+            results on real rows are the unmerged ones, within what the format can hold
     name    only then is the folder there
 
-Called by `onebase merge` and verifying.py. Cost: the base, the merged tensors and the reloaded model in memory at once;
-in time, reading and writing the weights, and three forwards of some rows.
+The modules are compared before they are rounded: so a small adapter that is merged wrongly is found in any format, where
+after rounding to bfloat16 the error would be lost in that of the format. Called by `onebase merge` and verifying.py.
+Cost: the base, the merged tensors and the reloaded model in memory at once; in time, reading and writing the weights,
+and four forwards of some rows.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onebase.adapters.bank import Adapter, Bank
-from onebase.adapters.merging import check_mergeable, merged_state
+from onebase.adapters.merging import check_mergeable, merged_modules, merged_state
 from onebase.base import memory
 from onebase.base.place import ModelPlace
 from onebase.base.pretrained import open_pretrained
@@ -30,7 +33,15 @@ from onebase.base.writing import plain_model, write_model
 from onebase.errors import ConfigError, VerificationError, list_problems
 from onebase.files.atomic import ensure_writable, new_folder
 from onebase.files.peft_format import read_adapter
-from onebase.train.comparing import Differences, Inputs, compare, inputs_for
+from onebase.train.comparing import (
+    BOUNDS,
+    Differences,
+    Inputs,
+    compare_modules,
+    compare_results,
+    inputs_for,
+    listed,
+)
 from onebase.train.opening import fitted
 
 TEXTS = (
@@ -93,21 +104,27 @@ def merge(
     adapter = bank.adapters[name]
     check_mergeable(adapter)
     _check_room(bank, adapter, out, dtype)
-    note("merging in fp32 and writing")
+    note("merging in fp32")
     began = time.perf_counter()
-    state = merged_state(bank, name, untie=True, dtype=dtype)
+    modules = merged_modules(bank, name)
+    merge_seconds = time.perf_counter() - began
+    note(f"verifying modules on {len(inputs)} rows")
+    compared = _modules_verified(bank, name, modules, inputs)
+    note("writing")
+    began = time.perf_counter()
+    state = merged_state(bank, name, untie=True, dtype=dtype, modules=modules)
+    del modules
     twin = plain_model(bank.base.model, state)
     with new_folder(out, writing="the merged model") as folder:
         write_model(twin, folder, bank.base)
-        merge_seconds = time.perf_counter() - began
-        note(f"verifying on {len(inputs)} rows")
+        merge_seconds += time.perf_counter() - began
+        note(f"verifying the folder on {len(inputs)} rows")
         began = time.perf_counter()
         place = ModelPlace("the merged model", folder, "folder")
         reloaded, *_ = open_pretrained(place, device=str(bank.base.device), trust_remote_code=trust_remote_code)
         load_seconds = time.perf_counter() - began
         _check_tensors(reloaded.state_dict(), state)
-        differences = compare(bank, name, reloaded, inputs)
-        _check_within(differences)
+        differences = _results_verified(bank, name, reloaded, inputs, compared)
     return Merge(
         folder=out,
         dtype=str(reloaded.dtype).removeprefix("torch."),
@@ -167,7 +184,9 @@ def _check_room(bank: Bank, adapter: Adapter, out: Path, dtype: torch.dtype | No
     )
     written = item * sum(p.numel() for p in model.parameters())
     ensure_writable(out, written + item * adapted + _OTHER_FILES_BYTES, writing="the merged model")
-    needed = max(max(4, own.itemsize) * adapted, written) + item * adapted
+    needed = (
+        max(max(4, own.itemsize) * adapted, written) + item * adapted
+    )  # fp32 modules first, the reloaded model then
     memory.check_room_for("merging", needed, "Free some, or merge on a machine with more.")
 
 
@@ -194,15 +213,46 @@ def _distance(one: Tensor, other: Tensor) -> str:
     return f"its numbers differ by up to {float((one.double() - other.double()).abs().max()):.1e}"
 
 
-def _check_within(found: Differences) -> None:
-    if not found.within:
-        in_modules = found.results <= found.bounds.results
-        raise VerificationError(
-            f"the merged model does not do what base and adapter do: {found}. Look at {found.worst[0]} first. Nothing was "
-            "written. Ship the adapter as it is, or merge into a wider format: --dtype float32",
-            found=found.worst[1] if in_modules else found.results,
-            bound=found.bounds.module if in_modules else found.bounds.results,
-        )
+def _modules_verified(
+    bank: Bank, name: str, modules: Mapping[str, nn.Module], inputs: Sequence[Inputs]
+) -> Mapping[str, float]:
+    """Return how far merged modules are from what they were made from.
+
+    Raises:
+        VerificationError: further than rounding explains.
+    """
+    found = compare_modules(bank, name, modules, inputs)
+    worst, bound = next(iter(found.values()), 0.0), BOUNDS[bank.base.dtype].module
+    if worst <= bound:
+        return found
+    raise VerificationError(
+        f"merging failed: {next(iter(found))} does not do merged what it does beside the base. Most of all modules differ "
+        f"{listed(found)} of their output (bound {bound:.0e}). Nothing was written. Ship the adapter as it is, and report "
+        "this: it is a bug in onebase.",
+        found=worst,
+        bound=bound,
+    )
+
+
+def _results_verified(
+    bank: Bank, name: str, reloaded: Any, inputs: Sequence[Inputs], modules: Mapping[str, float]
+) -> Differences:
+    """Return how far the reloaded model is from what it was made from, with what its modules' comparison found.
+
+    Raises:
+        VerificationError: further than the format explains; the modules that differ most, as they were stored.
+    """
+    found, bound = compare_results(bank, name, reloaded, inputs)
+    if found <= bound:
+        return Differences(found, bound, modules, BOUNDS[bank.base.dtype].module)
+    stored = compare_modules(bank, name, {path: reloaded.get_submodule(path) for path in modules}, inputs)
+    raise VerificationError(
+        f"the merged model, read again, does not do what base and adapter do: the results differ by {found:.1e} of the "
+        f"largest (bound {bound:.0e}); most of all modules differ {listed(stored)} of their output. Nothing was written. "
+        "Ship the adapter as it is, or merge into a wider format: --dtype float32",
+        found=found,
+        bound=bound,
+    )
 
 
 def is_tied(model: Any) -> bool:

@@ -137,7 +137,7 @@ def _merged_is_unmerged(name: str, subject: Subject) -> Check:
         except ConfigError as error:
             raise _NotApplicableError(str(error)) from error
     path, value = found.worst
-    return Check(name, "ok", found.results, found.bounds.results, f"worst layer {path}: {value:.1e}")
+    return Check(name, "ok", found.results, found.results_bound, f"worst layer {path}: {value:.1e}")
 
 
 def _flat_is_padded(name: str, subject: Subject) -> Check:
@@ -158,7 +158,8 @@ def _resumed_is_uninterrupted(name: str, subject: Subject) -> Check:
     whole, resumed = replay(bank, adapter.settings, adapter.seed, subject.examples, subject.train)
     said = f"{STEPS} steps, stopped after {STOPPED_AFTER}"
     if bank.base.device.type == "cpu":
-        return _exactly(name, differing(whole, resumed), len(whole), f"tensors after {said}")
+        check = _exactly(name, differing(whole, resumed), len(whole), "tensors")
+        return replace(check, said=f"{said}: {check.said}")
     return _within(name, largest_distance(whole, resumed), _ELSEWHERE, said)
 
 
