@@ -45,6 +45,11 @@ _HALVES = (torch.bfloat16, torch.float16)
 _SHOWN = 3
 
 
+def bounds_of(*dtypes: torch.dtype) -> Bounds:
+    """Return the bounds for a comparison between models of these formats: the widest."""
+    return max((BOUNDS[dtype] for dtype in dtypes), key=lambda bounds: bounds.results)
+
+
 @dataclass(frozen=True)
 class Differences:
     """What comparisons found: `results` of the largest result, `modules` by path, the worst first."""
@@ -75,7 +80,7 @@ def compare_results(bank: Bank, name: str, other: Any, inputs: Sequence[Inputs])
         largest.append(float(own.abs().max()))
         distances.append(float((theirs.to(wide) - own.to(wide)).abs().max()))
     furthest = float(torch.tensor(distances, dtype=torch.float64).max())  # unlike Python's max, NaN if any is
-    return furthest / max(*largest, 1e-6), max(BOUNDS[base.dtype].results, BOUNDS[dtype].results)
+    return furthest / max(*largest, 1e-6), bounds_of(base.dtype, dtype).results
 
 
 @torch.no_grad()
