@@ -20,7 +20,7 @@ BANNED = PROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
 DOORS = {
     "transformers": "base/pretrained.py",
     "huggingface_hub": "base/hub.py",
-    "gguf": "base/pretrained.py",
+    "gguf": "base/gguf_file.py",
     "datasets": "data/reading.py",
 }
 HEAVY = sorted({name.split(".")[0] for name in BANNED} - {"pickle"} | {"torch"})

@@ -33,9 +33,20 @@ def test_json_has_every_figure(run):
     assert 0 <= found["update_difference"] < 1e-6 and 0 <= found["output_difference"] < 1e-4
 
 
+def test_a_gguf_file_is_written_and_its_figures_are_said(run, tmp_path):
+    result = invoke("export", "run", "--out", "run.gguf", "--gguf", "--type", "f16", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["form"] == "gguf" and found["architecture"] == "llama" and found["pairs"] == 14
+    assert 0 < found["largest_rounding"] < 1e-2
+    assert (tmp_path / "run.gguf").read_bytes()[:4] == b"GGUF"
+
+
 def test_wrong_use_exits_with_2_and_writes_nothing(run, tmp_path):
     for words, told in (
-        (("--out", "plain"), "export needs a form. Give one: --portable"),
+        (("--out", "plain"), "export needs one form. Give --portable or --gguf."),
+        (("--out", "plain", "--portable", "--gguf"), "export needs one form. Give --portable or --gguf."),
+        (("--out", "plain", "--gguf", "--type", "Q4_K"), "must be one of F32, F16, got Q4_K"),
         (("--out", "model", "--portable"), "model: is there already. Choose another --out."),
         (("--out", "plain", "--portable", "--model", "nowhere/nothing"), "nothing"),
     ):

@@ -1,4 +1,4 @@
-"""The one door to transformers (and gguf): models found, fetched, converted, opened, and quiet.
+"""The one door to transformers: models found, fetched, converted, opened, and quiet.
 
 `locate` turns a name into a folder on this machine: a packaged model (packages.py), a folder, a GGUF file (converted
 once, kept by its hash), a model of the hub (downloaded into the hub's own cache). `open_pretrained` opens that folder,

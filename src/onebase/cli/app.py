@@ -88,7 +88,13 @@ _verb(
     "merge runs/first --out models/half --dtype bfloat16",
 )
 _verb(app, "verify", verify.verify, "verify runs/first", "verify runs/first --data test.jsonl --json")
-_verb(app, "export", export.export, "export runs/first --out adapters/first --portable")
+_verb(
+    app,
+    "export",
+    export.export,
+    "export runs/first --out adapters/first --portable",
+    "export runs/first --out first.gguf --gguf --type F16",
+)
 _verb(app, "lint", lint.lint, "lint runs/first", "lint runs/first --for vllm,llama.cpp --json")
 _verb(app, "preview", preview.preview, "preview run.yaml --rows 5")
 _verb(app, "targets", listing.targets, "targets smollm2-135m-instruct")

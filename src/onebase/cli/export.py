@@ -1,5 +1,6 @@
 """`onebase export`: an adapter in a form that other tools read, verified before it is there."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,17 +11,20 @@ from onebase.cli.opening import BaseOptions, Opened, open_adapter
 from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
+    from onebase.train.gguf_adapter import GgufExport
     from onebase.train.portable import Export
 
 _SCHEMA_VERSION = 1
 
 
-def export(
+def export(  # noqa: PLR0913 (a verb's options are its parameters)
     adapter: Annotated[str, typer.Argument(help="An adapter's folder or a run's.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Option(help="The folder to write, with --gguf the file; it must not exist yet.")],
     portable: Annotated[
         bool, typer.Option("--portable", help="Plain LoRA: scale 1, one rank, plain names; what any server reads.")
     ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="A GGUF file: the adapter for llama.cpp.")] = False,
+    kind: Annotated[str, typer.Option("--type", help="With --gguf, the format of the numbers: F32, F16.")] = "F32",
     as_json: options.AsJson = False,
     model: options.Model = None,
     device: options.Device = None,
@@ -32,45 +36,48 @@ def export(
     What was written is read again and compared with the adapter before it gets its name. An adapter with more than
     low-rank pairs is refused with what can hold it.
     """
-    if not portable:
-        raise ConfigError("export needs a form. Give one: --portable")
+    if portable == gguf:
+        raise ConfigError("export needs one form. Give --portable or --gguf.")
     from onebase.files.peft_format import find_adapter
+    from onebase.train.gguf_adapter import export_gguf
     from onebase.train.merging import check_out
     from onebase.train.portable import export_portable
 
     check_out(out)
     opened = open_adapter(adapter, BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch))
     assert opened.adapter is not None, "an adapter was opened"
-    found = export_portable(opened.bank, opened.adapter, find_adapter(Path(adapter).expanduser()), out)
-    if as_json:
-        terminal.print_json(
-            {
-                "schema_version": _SCHEMA_VERSION,
-                "adapter": adapter,
-                "form": "portable",
-                "path": str(found.path),
-                "size_bytes": found.size_bytes,
-                "r": found.r,
-                "pairs": found.pairs,
-                "zero_pairs": found.zero_pairs,
-                "update_difference": found.update_difference,
-                "output_difference": found.output_difference,
-            }
-        )
+    folder = find_adapter(Path(adapter).expanduser())
+    found: Export | GgufExport
+    if gguf:
+        found = export_gguf(opened.bank, opened.adapter, folder, out, kind.upper())
+        facts = _gguf_facts(opened, found)
     else:
-        _show(opened, found)
+        found = export_portable(opened.bank, opened.adapter, folder, out)
+        facts = _portable_facts(opened, found)
+    if as_json:
+        form = "gguf" if gguf else "portable"
+        terminal.print_json({"schema_version": _SCHEMA_VERSION, "adapter": adapter, "form": form, **asdict(found)})
+    else:
+        terminal.stdout().print(terminal.facts(facts))
 
 
-def _show(opened: Opened, found: "Export") -> None:
+def _portable_facts(opened: Opened, found: "Export") -> list[tuple[str, str]]:
     zeros = f", {terminal.counted(found.zero_pairs, 'pair')} of zeros" if found.zero_pairs else ""
-    facts = [
-        (
-            "exported",
-            f"{found.path}: {terminal.size(found.size_bytes)}, plain LoRA of rank {found.r}, lora_alpha {found.r}",
-        ),
+    plain = f"plain LoRA of rank {found.r}, lora_alpha {found.r}"
+    return [
+        ("exported", f"{found.path}: {terminal.size(found.size_bytes)}, {plain}"),
         ("from", f"{opened.label} on {opened.base_line}, {terminal.counted(found.pairs, 'pair')}{zeros}"),
         ("updates", f"differ by at most {found.update_difference:.1e} of their size, read again"),
         ("outputs", f"differ by at most {found.output_difference:.1e} of the largest"),
         ("next", f"onebase lint {found.path}"),
     ]
-    terminal.stdout().print(terminal.facts(facts))
+
+
+def _gguf_facts(opened: Opened, found: "GgufExport") -> list[tuple[str, str]]:
+    what = f"LoRA for {found.architecture}, {found.kind}, lora_alpha {found.lora_alpha:g}"
+    return [
+        ("exported", f"{found.path}: {terminal.size(found.size_bytes)}, {what}"),
+        ("from", f"{opened.label} on {opened.base_line}, {terminal.counted(found.pairs, 'pair')}"),
+        ("numbers", f"differ by at most {found.largest_rounding:.1e}, read again"),
+        ("next", f"llama-cli -m BASE.gguf --lora {found.path}"),
+    ]

@@ -83,6 +83,21 @@ def write_file(path: Path, data: bytes | str, *, writing: str, kept: str = "") -
 
 
 @contextlib.contextmanager
+def new_file(path: Path, *, writing: str) -> Iterator[Path]:
+    """Yield a hidden name for a library to write a file to; when the block ends well it becomes `path`, in one rename."""
+    path = Path(os.path.realpath(path))
+    hidden = _hidden(path, "new")
+    with reporting(path, writing, _still_there(path)), _working_on(hidden):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_wrong_kind(path, folder=False)
+        yield hidden
+        with hidden.open("rb") as file:
+            os.fsync(file.fileno())
+        hidden.replace(path)
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
 def new_folder(target: Path, *, writing: str, kept: str = "") -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends well it becomes `target`, in place of the one there."""
     target = Path(os.path.realpath(target))
