@@ -300,3 +300,9 @@ def test_what_a_model_reads_of_a_module_it_reads_of_its_wrapper():
     assert embeddings.patch_embeddings.projection is inner.base_layer
     bank.remove("whole")
     assert set(bank.base.model.state_dict()) == set(tiny.model_of("vit").state_dict()) != before
+
+
+def test_an_adapter_prints_as_one_line_without_its_numbers():
+    bank = Bank(tiny.base_of())
+    shown = repr(bank.add("first", Lora(r=2)))
+    assert "first" in shown and "lora" in shown and "\n" not in shown and len(shown) < 120

@@ -4,6 +4,7 @@ import re
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import typer
@@ -56,6 +57,20 @@ def test_every_verb_has_a_help_with_an_example_of_itself(words):
     examples = re.findall(r"^ *onebase (.+?) *$", result.stdout.partition("Example")[2], re.M)
     assert examples
     assert all(example.split()[: len(words)] == words for example in examples)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_in_80_columns_no_name_of_an_option_is_cut_and_no_paragraph_breaks_early(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = invoke(*words, "--help").stdout
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    names = [name for option in command.params for name in option.opts if name.startswith("--")]
+    assert names and all(re.search(rf"{name}(?![\w-])", shown) for name in names), shown
+    assert "\u2026" not in shown
+    for paragraph in (command.help or "").split("\n\n"):
+        assert "\n" not in paragraph.strip()
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

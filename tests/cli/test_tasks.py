@@ -108,6 +108,22 @@ def test_rows_that_predicting_cuts_or_would_overwrite_are_told(classified: Path,
     assert done.exit_code == 2 and "taken.jsonl line 4: there is a column 'probabilities' already" in done.stderr
 
 
+def test_slices_stand_whole_in_a_narrow_terminal(classified: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = json.loads(invoke("eval", classified, "--json").stdout)["slices"]
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = invoke("eval", classified).stdout.partition("slice")[2].splitlines()
+    for one in measured:
+        found = one["scores"]["ece"]
+        wanted = f"{found['value']:.4f} {found['low']:.4f} to {found['high']:.4f}"
+        assert any(wanted in " ".join(line.split()) for line in shown)
+    assert sum("kind = " in line for line in shown) == len(measured)
+
+
+def test_what_answers_with_labels_cannot_chat(classified: Path) -> None:
+    done = invoke("chat", classified, stdin="hello\n")
+    assert done.exit_code == 2 and f"onebase predict {classified}" in done.stderr and "bug" not in done.stderr
+
+
 def test_the_adapter_names_its_classes_for_everybody(classified: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(classified / "adapter")
     assert config.id2label == dict(enumerate(ANIMALS)) and config.problem_type == "single_label_classification"
@@ -179,6 +195,7 @@ def test_a_row_of_the_test_file_that_says_nothing_is_named(shop: Path, tmp_path:
         ("classify", {"train": {"loss": "binary_cross_entropy"}}, "is no loss for these labels"),
         ("regress", {"train": {"loss": "cross_entropy"}}, "'cross_entropy' is no loss of task 'regress'"),
         ("chat", {"train": {"loss": "cross_entropy"}}, "'cross_entropy' is no loss of task 'chat'"),
+        ("regress", {"data": {"columns": {"label": "n"}}}, "task 'regress' has no such role; its rows have 'text' and"),
         ("regress", {"data": {"label_names": ["a", "b"]}}, "is for task: classify, but task is 'regress'"),
         ("classify", {"data": {"system": "Be brief."}}, "is for chats, but task is 'classify'"),
         ("text", {"eval": {"slices": ["kind"]}}, "eval.slices: is for classify and regress, but task is 'text'"),

@@ -61,6 +61,19 @@ def test_no_cell_of_a_table_is_cut(width):
     assert words in console.file.getvalue().replace("\n", "").replace(" ", "")  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("width", [160, 100, 80, 60])
+def test_a_table_that_is_too_wide_loses_whole_columns_in_order_and_no_part_of_a_number(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    head = ("run", "state", "valid loss", "before", "method", "examples/s", "memory", "seconds a step")
+    row = ("first-of-all", "finished", "106.9086", "10.1469", "prefix-tuning", "22.15", "1.53 GB", "0.1234")
+    less = ("seconds a step", "memory", "examples/s", "before")
+    terminal.stdout().print(terminal.table(head, [row], left=2, fold=("run", "state"), less=less))
+    lines = capsys.readouterr().out.splitlines()
+    gone = [name for name, cell in zip(head[2:], row[2:], strict=True) if not any(cell in line for line in lines)]
+    assert sorted(gone) == sorted(less[: len(gone)]) and bool(gone) == (width < 100)
+    assert max(map(len, lines)) <= width and lines[1].startswith("run") == (width < 100)
+
+
 def test_what_comes_from_outside_is_no_markup(capsys):
     text = "[bold]x[/bold] :smile: [/] [link=a]"
     terminal.stdout().print(text)

@@ -48,6 +48,13 @@ class Adapter:
     warnings: tuple[str, ...] = ()
     virtual_tokens: int = 0
 
+    def __repr__(self) -> str:
+        """Return what it is on one line, without its tensors and the names of its targets."""
+        return (
+            f"Adapter({self.name!r}, method={self.settings.method!r}, {self.parameter_count:,} parameters in "
+            f"{len(self.parts):,} parts)"
+        )
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every trained tensor with its name, in model order; one that several parts share, once."""
         seen: set[int] = set()

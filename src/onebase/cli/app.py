@@ -59,7 +59,12 @@ def _verb(group: typer.Typer, name: str, run: Callable[..., None], *examples: st
     """Put a verb on the command line, with examples below its help."""
     word = "Examples" if len(examples) > 1 else "Example"
     lines = [f"{word}:", *(f"  onebase {example}" for example in examples)]
-    group.command(name, epilog="\n\n".join(lines))(failure.reported(run))
+    group.command(name, help=_help(run), epilog="\n\n".join(lines))(failure.reported(run))
+
+
+def _help(run: Callable[..., None]) -> str:
+    """Return a verb's docstring with a line for each paragraph, for terminals of any width."""
+    return "\n\n".join(" ".join(part.split()) for part in (run.__doc__ or "").split("\n\n"))
 
 
 _verb(

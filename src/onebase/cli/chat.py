@@ -10,8 +10,9 @@ from rich.text import Text
 
 from onebase.cli import options, terminal
 from onebase.cli.opening import BaseOptions, Opened, open_adapter_or_model
+from onebase.cli.scores import TOKEN_TASKS
 from onebase.cli.token_text import TokenText
-from onebase.errors import DataError
+from onebase.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from onebase.measure.prompts import Asking
@@ -47,6 +48,10 @@ def chat(  # noqa: PLR0913 (a verb's options are its parameters)
     question got none.
     """
     opened = open_adapter_or_model(target, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
+    if opened.task not in TOKEN_TASKS:
+        raise ConfigError(
+            f"{target} answers with labels (task {opened.task}), so it cannot chat. Use it: onebase predict {target} --data FILE"
+        )
     talk = Talk(opened, opened.asking(system), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if _at_terminal():
         terminal.say(f"{_who(opened)}. /help lists the commands.")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from onebase.files.run_folder import RunSummary
 
 _INDENT = "    "
+_LESS = ("memory", "examples/s", "train loss", "before")
+"""What the list of runs leaves out where a terminal is narrow; --json and result.json have it."""
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -140,7 +142,7 @@ def runs(
         terminal.say(f"{folder}: no runs there. Start one: onebase train CONFIG --out {folder}/NAME")
         return
     head = ("run", "state", "steps", "valid loss", "before", "train loss", "examples/s", "memory", "method")
-    terminal.stdout().print(terminal.table(head, map(_run_row, found), left=2, fold=("run", "state")))
+    terminal.stdout().print(terminal.table(head, map(_run_row, found), left=2, fold=("run", "state"), less=_LESS))
     for run in found:
         if run.note:
             terminal.warn(run.note)
@@ -212,7 +214,7 @@ def schema(
         if row.method and row.method != method:
             out.print(Text(f"with adapter.method {row.method}:", "bold"))
         method = row.method
-        default = row.default if row.default in ("required", "none") else f"default {row.default}"
+        default = row.default if row.default == "required" else f"default {row.default}"
         out.print(Text.assemble((row.name, "bold"), f"  {row.type}; {default}"), soft_wrap=True)
         help_text = textwrap.fill(row.help, out.width, initial_indent=_INDENT, subsequent_indent=_INDENT)
         out.print(help_text, soft_wrap=True)

@@ -22,6 +22,8 @@ AllowBaseMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Accept a base that the adapter was not trained on.")
 ]
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above, tokens are drawn.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="NUMBER", help="The most tokens of an answer.")]
+Temperature = Annotated[
+    float, typer.Option(min=0, metavar="NUMBER", help="0 takes the likeliest token; above, tokens are drawn.")
+]
 Seed = Annotated[int, typer.Option(help="Decides what is drawn.")]

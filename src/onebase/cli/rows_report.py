@@ -19,7 +19,7 @@ def show_rows(out: "Console", data: "TrainingData") -> None:
     there = _parts(data)
     whole = data.train.examples.targets is not None
     counts = [
-        ("labels" if whole and label == _TOKENS else label, *(count(part) for part in there.values()))
+        (_whole_label(data) if whole and label == _TOKENS else label, *(count(part) for part in there.values()))
         for label, count in _COUNTS
     ]
     out.print(terminal.table(("data", *there), counts))
@@ -75,16 +75,25 @@ def _labelled(part: "Prepared") -> str:
     return f"{part.report.labelled_tokens:,} ({terminal.percent(part.report.labelled_tokens / part.report.tokens)})"
 
 
+def _whole_label(data: "TrainingData") -> str:
+    """Return what `_spread` counts."""
+    targets = data.train.examples.targets
+    assert targets is not None, "a token task counts labelled tokens"
+    if targets.ndim == 2:
+        return "classes / an example, mean"
+    return "labels, mean / deviation" if targets.dtype.kind == "f" else "classes / share of the largest"
+
+
 def _spread(targets: Any) -> str:
     """Return how the labels of whole examples are spread: how many classes and the largest's share, or mean and deviation."""
     import numpy as np
 
     if targets.ndim == 2:
-        return f"{int((targets.sum(0) > 0).sum())} classes, {targets.sum(1).mean():.1f} an example"
+        return f"{int((targets.sum(0) > 0).sum())} / {targets.sum(1).mean():.1f}"
     if targets.dtype.kind == "f":
-        return f"{targets.mean():.4g} on average, deviation {targets.std():.3g}"
+        return f"{targets.mean():.4g} / {targets.std():.3g}"
     counts = np.bincount(targets)
-    return f"{int((counts > 0).sum())} classes, the largest {terminal.percent(counts.max() / len(targets))}"
+    return f"{int((counts > 0).sum())} / {terminal.percent(counts.max() / len(targets))}"
 
 
 _TOKENS = "labelled tokens"

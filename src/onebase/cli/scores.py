@@ -1,6 +1,6 @@
 """Scores as people read them: loss and perplexity of tokens, accuracy and calibration of classes, errors of numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onebase.cli import terminal
@@ -50,7 +50,7 @@ def number(metric: str, value: float) -> str:
     return f"{100 * value:.2f} %" if metric in _SHARES else f"{value:.4f}"
 
 
-def estimate_rows(estimates: "dict[str, Estimate]") -> list[tuple[str, str, str]]:
+def estimate_rows(estimates: "Mapping[str, Estimate]") -> list[tuple[str, str, str]]:
     """Return each metric's name, value and interval."""
     return [
         (name, number(key, found.value), _interval(key, found))
@@ -60,21 +60,33 @@ def estimate_rows(estimates: "dict[str, Estimate]") -> list[tuple[str, str, str]
 
 
 def slice_table(slices: "Sequence[SliceScores]") -> Any:
-    """Return a table of slices: a line each, with n and the metrics and their intervals."""
+    """Return a table of slices with n, the metrics and their intervals: a line a slice, or a metric where that is too wide."""
     keys = [key for key in _NAMES if any(key in one.scores for one in slices)]
-    rows = [
+    wide = [
         (
-            f"{one.column} = {one.value}",
+            _slice(one),
             f"{one.n:,}",
             *(_with_interval(key, one.scores[key]) if key in one.scores else "-" for key in keys),
         )
         for one in slices
     ]
-    return terminal.table(("slice", "n", *(_NAMES[key] for key in keys)), rows)
+    head = ("slice", "n", *(_NAMES[key] for key in keys))
+    if terminal.fits(head, wide):
+        return terminal.table(head, wide)
+    long = [
+        ("" if place else _slice(one), name, f"{one.n:,}", value, interval)
+        for one in slices
+        for place, (name, value, interval) in enumerate(estimate_rows(one.scores))
+    ]
+    return terminal.table(("slice", "metric", "n", "value", "95 % interval"), long, left=2, fold=("slice",))
+
+
+def _slice(one: "SliceScores") -> str:
+    return f"{one.column} = {one.value}"
 
 
 def _interval(metric: str, found: "Estimate") -> str:
-    return f"{number(metric, found.low)} - {number(metric, found.high)}"
+    return f"{number(metric, found.low)} to {number(metric, found.high)}"
 
 
 def _with_interval(metric: str, found: "Estimate") -> str:

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 _PLAIN_WIDTH = 1000
+_FOLDED_WIDTH = 8
+"""The narrowest that a column of words gets."""
 
 
 def stdout() -> Console:
@@ -73,23 +76,63 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, fold: Sequence[str] = ()) -> Table:
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    fold: Sequence[str] = (),
+    less: Sequence[str] = (),
+) -> Table:
     """Return a table whose first `left` columns are words and the others numbers.
 
-    A cell is never cut: what does not fit goes on in the next line, in the columns named in `fold` first.
+    A cell is never cut. What does not fit goes on in the next line, in the columns named in `fold` first. Where that is
+    not enough, the columns move closer and their heads go on in the next line, and those named in `less` are left out,
+    the first first.
     """
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for place, name in enumerate(head):
+    kept, tight = list(head), False
+    lines = [list(row) for row in rows]
+    room = stdout().width
+    if _least_width(kept, lines, fold, tight=tight) > room:
+        tight = True
+        for name in less:
+            if _least_width(kept, lines, fold, tight=tight) > room:
+                place = kept.index(name)
+                del kept[place]
+                for line in lines:
+                    del line[place]
+    whole = _least_width(kept, lines, fold, tight=tight) <= room
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=tight)
+    for place, name in enumerate(kept):
         made.add_column(
-            name,
+            name.replace(" ", "\n") if tight and name not in fold else name,
             justify="left" if place < left else "right",
+            vertical="bottom" if tight else "top",
             overflow="fold",
-            no_wrap=bool(fold) and name not in fold,
+            no_wrap=bool(fold) and whole and name not in fold,
             header_style="bold",
         )
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+    for line in lines:
+        made.add_row(*(Text(cell) for cell in line))
     return made
+
+
+def fits(head: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Return whether a table can be printed with all its cells on one line."""
+    return _least_width(head, rows, (), tight=False) <= stdout().width
+
+
+def _least_width(head: Sequence[str], rows: Sequence[Sequence[str]], fold: Sequence[str], *, tight: bool) -> int:
+    """Return how wide a table must be for its cells to stand whole, but for those that may go on in the next line."""
+    widths = []
+    for place, name in enumerate(head):
+        cells = [cell_len(row[place]) for row in rows]
+        if name in fold:
+            widths.append(max(cell_len(name), min(max(cells, default=0), _FOLDED_WIDTH)))
+        else:
+            words = name.split() if tight else [name]
+            widths.append(max([*map(cell_len, words), *cells], default=0))
+    return sum(widths) + (2 if tight else 3) * (len(widths) - 1)
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:

@@ -251,6 +251,7 @@ _LOSSES = {
     "classify": ("cross_entropy", "binary_cross_entropy", "squared_error"),
     "regress": ("squared_error",),
 }
+_ROLES = {"classify": ("text", "label"), "regress": ("text", "target")}
 
 
 def _of_other_tasks(task: object, data: object, train: object, evaluation: object) -> Iterator[Problem]:
@@ -259,6 +260,7 @@ def _of_other_tasks(task: object, data: object, train: object, evaluation: objec
     for name in chats:
         if given(data, name):
             yield Problem(("data", name), f"is for chats, but task is {show(task)}. Remove it, or write task: chat")
+    yield from _of_other_rows(task, take(data, "columns"))
     if given(data, "label_names") and task != "classify":
         yield Problem(("data", "label_names"), f"is for task: classify, but task is {show(task)}. Remove it.")
     loss = take(train, "loss")
@@ -267,6 +269,18 @@ def _of_other_tasks(task: object, data: object, train: object, evaluation: objec
         yield Problem(("train", "loss"), f"{show(loss)} is no loss of task {show(task)} ({known}). Remove it.")
     if take(evaluation, "slices") and task not in _LOSSES:
         yield Problem(("eval", "slices"), f"is for classify and regress, but task is {show(task)}. Remove it.")
+
+
+def _of_other_rows(task: object, columns: object) -> Iterator[Problem]:
+    """Yield the columns that are mapped to what rows of this task do not have."""
+    roles = _ROLES.get(str(task), ())
+    for role in columns if roles and isinstance(columns, Mapping) else ():
+        if role not in roles:
+            yield Problem(
+                ("data", "columns", str(role)),
+                f"task {show(task)} has no such role; its rows have {' and '.join(map(show, roles))}. Write, for example: "
+                f"columns: {{{', '.join(f'{name}: COLUMN' for name in roles)}}}",
+            )
 
 
 class Settings(Section):
