@@ -46,6 +46,9 @@ def test_wrong_use_exits_with_2_and_writes_nothing(run, tmp_path):
     for words, told in (
         (("--out", "plain"), "export needs one form. Give --portable or --gguf."),
         (("--out", "plain", "--portable", "--gguf"), "export needs one form. Give --portable or --gguf."),
+        (("--out", "plain", "--gguf", "--merged"), "a merged model needs all three"),
+        (("--out", "plain", "--gguf", "--base-gguf", "b.gguf"), "a merged model needs all three"),
+        (("--out", "plain", "--gguf", "--merged", "--base-gguf", "b.gguf"), "b.gguf: there is no such file"),
         (("--out", "plain", "--gguf", "--type", "Q4_K"), "must be one of F32, F16, got Q4_K"),
         (("--out", "model", "--portable"), "model: is there already. Choose another --out."),
         (("--out", "plain", "--portable", "--model", "nowhere/nothing"), "nothing"),

@@ -17,6 +17,11 @@ from numpy.typing import NDArray
 from onebase.errors import ConfigError
 
 TYPES = ("F32", "F16")
+"""Formats of an adapter's numbers."""
+MODEL_TYPES = ("F32", "F16", "Q8_0")
+"""Formats of a model's matrices; vectors are always F32, as llama.cpp asks for."""
+BLOCK = 32
+"""Numbers of a row that share a scale in Q8_0."""
 _FAMILIES = {  # transformers' model_type: (llama.cpp's architecture, whether queries and keys are reordered)
     "gemma2": ("gemma2", False),
     "gemma3_text": ("gemma3", False),
@@ -97,6 +102,34 @@ def write_adapter(
     writer.close()
 
 
+def write_model_like(path: Path, like: Path, tensors: Mapping[str, NDArray[np.float32]], kind: str) -> None:
+    """Write a model's tensors with every field of another GGUF file (sizes, vocabulary, chat template), but the type's."""
+    import gguf
+
+    fields = gguf.GGUFReader(like).fields
+    writer = gguf.GGUFWriter(path, fields["general.architecture"].contents())
+    for name, field in fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            writer.add_key_value(
+                name, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None
+            )
+    if "general.quantization_version" not in fields:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[types[kind]])
+    for name, tensor in tensors.items():
+        own = "F32" if tensor.ndim == 1 else kind
+        if own == "Q8_0":
+            quantised = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(tensor, dtype=_format(own)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
     """Return the fields and the tensors of a GGUF file, the tensors as fp32 numbers in numpy's order of dimensions."""
     import gguf
@@ -114,6 +147,10 @@ def rounding(kind: str, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the largest error that each number may have in a format: half a step of it, below 2**-14 of 2**-24."""
     if kind == "F32":
         return np.zeros_like(numbers)
+    if kind == "Q8_0":  # half a step of 1/127 of the block's largest, and the scale's own rounding to F16
+        largest = np.abs(numbers.reshape(*numbers.shape[:-1], -1, BLOCK)).max(-1, keepdims=True)
+        steps = np.maximum(largest / np.float32(127), np.float32(2.0**-24))
+        return np.broadcast_to(steps * np.float32(0.57), (*steps.shape[:-1], BLOCK)).reshape(numbers.shape)
     return np.maximum(np.abs(numbers) * np.float32(2.0**-11), np.float32(2.0**-25))
 
 

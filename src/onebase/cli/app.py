@@ -99,6 +99,7 @@ _verb(
     export.export,
     "export runs/first --out adapters/first --portable",
     "export runs/first --out first.gguf --gguf --type F16",
+    "export runs/first --out model.gguf --gguf --merged --base-gguf base.gguf --type Q8_0",
 )
 _verb(app, "lint", lint.lint, "lint runs/first", "lint runs/first --for vllm,llama.cpp --json")
 _verb(app, "preview", preview.preview, "preview run.yaml --rows 5")

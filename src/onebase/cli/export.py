@@ -12,6 +12,7 @@ from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
     from onebase.train.gguf_adapter import GgufExport
+    from onebase.train.gguf_model import ModelExport
     from onebase.train.portable import Export
 
 _SCHEMA_VERSION = 1
@@ -23,8 +24,17 @@ def export(  # noqa: PLR0913 (a verb's options are its parameters)
     portable: Annotated[
         bool, typer.Option("--portable", help="Plain LoRA: scale 1, one rank, plain names; what any server reads.")
     ] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="A GGUF file: the adapter for llama.cpp.")] = False,
-    kind: Annotated[str, typer.Option("--type", help="With --gguf, the format of the numbers: F32, F16.")] = "F32",
+    gguf: Annotated[bool, typer.Option("--gguf", help="A GGUF file for llama.cpp: the adapter.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="With --gguf: base and adapter as one model; needs --base-gguf.")
+    ] = False,
+    base_gguf: Annotated[
+        Path | None,
+        typer.Option(help="The base's own GGUF file, whose sizes and vocabulary a merged model takes over."),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option("--type", help="With --gguf, the format of the numbers: F32, F16; Q8_0 with --merged.")
+    ] = "F32",
     as_json: options.AsJson = False,
     model: options.Model = None,
     device: options.Device = None,
@@ -38,8 +48,11 @@ def export(  # noqa: PLR0913 (a verb's options are its parameters)
     """
     if portable == gguf:
         raise ConfigError("export needs one form. Give --portable or --gguf.")
+    if merged != (base_gguf is not None) or (merged and not gguf):
+        raise ConfigError("a merged model needs all three: --gguf --merged --base-gguf FILE, the base's own GGUF file.")
     from onebase.files.peft_format import find_adapter
     from onebase.train.gguf_adapter import export_gguf
+    from onebase.train.gguf_model import export_merged
     from onebase.train.merging import check_out
     from onebase.train.portable import export_portable
 
@@ -47,15 +60,18 @@ def export(  # noqa: PLR0913 (a verb's options are its parameters)
     opened = open_adapter(adapter, BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch))
     assert opened.adapter is not None, "an adapter was opened"
     folder = find_adapter(Path(adapter).expanduser())
-    found: Export | GgufExport
-    if gguf:
+    found: Export | GgufExport | ModelExport
+    if base_gguf is not None:
+        found = export_merged(opened.bank, opened.adapter, base_gguf.expanduser(), out, kind.upper())
+        facts = _merged_facts(opened, found)
+    elif gguf:
         found = export_gguf(opened.bank, opened.adapter, folder, out, kind.upper())
         facts = _gguf_facts(opened, found)
     else:
         found = export_portable(opened.bank, opened.adapter, folder, out)
         facts = _portable_facts(opened, found)
     if as_json:
-        form = "gguf" if gguf else "portable"
+        form = "merged gguf" if merged else "gguf" if gguf else "portable"
         terminal.print_json({"schema_version": _SCHEMA_VERSION, "adapter": adapter, "form": form, **asdict(found)})
     else:
         terminal.stdout().print(terminal.facts(facts))
@@ -80,4 +96,14 @@ def _gguf_facts(opened: Opened, found: "GgufExport") -> list[tuple[str, str]]:
         ("from", f"{opened.label} on {opened.base_line}, {terminal.counted(found.pairs, 'pair')}"),
         ("numbers", f"differ by at most {found.largest_rounding:.1e}, read again"),
         ("next", f"llama-cli -m BASE.gguf --lora {found.path}"),
+    ]
+
+
+def _merged_facts(opened: Opened, found: "ModelExport") -> list[tuple[str, str]]:
+    what = f"a whole {found.architecture} model, {found.kind}"
+    return [
+        ("exported", f"{found.path}: {terminal.size(found.size_bytes)}, {what}"),
+        ("from", f"{opened.label} on {opened.base_line}, {terminal.counted(found.tensors, 'tensor')}"),
+        ("numbers", f"differ by at most {found.largest_rounding:.1e}, read again"),
+        ("next", f"llama-cli -m {found.path}"),
     ]

@@ -68,6 +68,7 @@ def export_portable(bank: Bank, name: str, folder: Path, out: Path) -> Export:
     found = {}
 
     def verify(new: Path) -> None:
+        """Complete the new folder and compare it with the adapter."""
         saving.save_tokenizer(bank.base, new, None)
         found["updates"] = _check_updates(pairs, new)
         found["outputs"] = _check_outputs(bank, name)
