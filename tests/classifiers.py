@@ -1,5 +1,6 @@
 """Tiny random models with a head for whole examples, of every way to pool, and examples with targets."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import transformers
 
 from onebase.config.labels import Problem
 from onebase.data.examples import Example, Examples
+from tests.data.tiny import byte_tokenizer
 
 VOCABULARY = 61
 CLASSES = 3
@@ -73,3 +75,14 @@ def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.T
         ids[row, : len(example.token_ids)] = torch.from_numpy(example.token_ids.astype(np.int64))
         mask[row, : len(example.token_ids)] = 1
     return ids, mask, torch.from_numpy(np.asarray([example.target for example in examples]))
+
+
+def encoder_folder(folder: Path) -> Path:
+    """Write a random encoder without any head, with a tokenizer of bytes."""
+    tokenizer = byte_tokenizer(template=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(vocab_size=len(tokenizer), initializer_range=0.2, **_SIZES)
+        transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

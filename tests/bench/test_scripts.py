@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from onebase.config.methods import METHODS
+from tests.classifiers import encoder_folder
 from tests.data.tiny import byte_tokenizer
 from tests.tiny import model_of
 
@@ -25,8 +26,10 @@ SHORT = {
     "profile_step": ["--warmup=1", "--steps=1", "--profiled=1", "--repeats=1"],
     "step_time": ["--methods", "full", "bitfit", "--rounds=1", "--steps=1"],
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
+    "tasks": ["--epochs=1", "--seeds", "0", "1", "--rates", "1", "2"],
     "train_define": ["--steps=2", "--repeat=2"],
 }
+OTHER_ROWS = ("tasks",)  # scripts that learn classes and numbers
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_every_script_that_can_be_started_is_tried() -> None:
     assert {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")} == set(SHORT)
 
 
-@pytest.mark.parametrize("name", [name for name in SHORT if name != "kill_and_resume"])
+@pytest.mark.parametrize("name", [name for name in SHORT if name not in ("kill_and_resume", *OTHER_ROWS)])
 def test_a_script_runs_and_records_its_claim_its_command_and_the_machine(
     name: str, options: list[str], tmp_path: Path
 ) -> None:
@@ -130,3 +133,28 @@ def test_the_benches_know_every_method() -> None:
     assert {settings["method"] for settings in module.METHODS.values()} == set(METHODS)
     for settings in module.METHODS.values():
         METHODS[settings["method"]](**settings)
+
+
+def test_classes_and_numbers_are_compared_at_each_ways_best_rate(tmp_path: Path) -> None:
+    encoder_folder(tmp_path / "model")
+    for kind, count in (("train", 16), ("valid", 6), ("test", 6)):
+        rows = [
+            {
+                "text": f"{'ab'[n % 2]} {n}",
+                "label": "ab"[n % 2],
+                "target": n % 2,
+                "frequency": ["unseen", "common"][n // 2 % 2],
+            }
+            for n in range(count)
+        ]
+        (tmp_path / f"rows-{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = [f"--model={tmp_path / 'model'}", f"--category={tmp_path / 'rows'}", f"--depth={tmp_path / 'rows'}"]
+    shown = run("tasks", *words, *SHORT["tasks"], f"--out={tmp_path / 'record.json'}")
+    record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert {(line["task"], line["way"]) for line in record["by_way"]} == {
+        (task, way) for task in ("classify", "regress") for way in ("lora", "head", "full")
+    }
+    assert all(len(line["tail"]) == 2 for line in record["by_way"])  # two seeds at the best rate
+    assert len(record["runs"]) == 18 and record["lora_of_full"] > 0
+    assert "| classify |" in shown and "| regress |" in shown
+    assert str(tmp_path) not in (tmp_path / "record.json").read_text(encoding="utf-8")

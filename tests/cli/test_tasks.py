@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
 
+from tests.classifiers import encoder_folder
 from tests.cli.world import invoke, write_rows
-from tests.data.tiny import byte_tokenizer
 
 ANIMALS = ("cat", "dog", "owl")
 TRAIN = {"steps": 12, "batch_size": 6, "learning_rate": 0.02, "threads": 1, "save_every": 5}
@@ -34,13 +33,7 @@ def rows_of(count: int, start: int = 0) -> list[dict[str, Any]]:
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random encoder, whose files hold no head, and rows."""
     folder = tmp_path_factory.mktemp("tasks")
-    tokenizer = byte_tokenizer(template=None)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.BertConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)
-        transformers.BertModel(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    encoder_folder(folder / "model")
     write_rows(folder / "train.jsonl", rows_of(30))
     write_rows(folder / "valid.jsonl", rows_of(9, start=30))
     return folder

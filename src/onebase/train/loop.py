@@ -12,13 +12,15 @@ from typing import Any
 from onebase.data.examples import Examples
 from onebase.errors import TrainingError
 from onebase.files.run_folder import RunFolder
-from onebase.measure.judge import score
+from onebase.measure.evaluate import Scores
+from onebase.measure.judge import TaskScores, score
 from onebase.train import checks
 from onebase.train.member import Member
 from onebase.train.progress import Progress
 from onebase.train.stop import Stopped, StopRequest
 
 CHECKPOINT_SECONDS = 300.0
+_COUNTS = ("examples", "tokens", "labelled_tokens")
 
 
 class Loop:
@@ -48,7 +50,8 @@ class Loop:
         """
         books = self.member.books
         if books.step == 0 and books.valid_loss_before is None:
-            books.valid_loss_before = self._evaluate()
+            scores = self._evaluate()
+            books.valid_loss_before = None if scores is None else scores.loss
         while not self._is_over():
             if stop.signal_number is not None:
                 self._stop(stop.signal_number)
@@ -68,17 +71,18 @@ class Loop:
             raise TrainingError(f"{error}{self._save_after_failure()}") from error
         values = {k: v for k, v in vars(record).items() if k != "step"}
         if (self._is_due(member.settings.eval_every) or member.finished) and self.valid is not None:
-            values["valid_loss"] = loss = self._evaluate()
-            assert loss is not None
-            member.note_validation(loss)
+            scores = self._evaluate()
+            assert scores is not None
+            values |= {f"valid_{name}": value for name, value in scores.as_dict().items() if name not in _COUNTS}
+            member.note_validation(scores.loss)
         if self.folder is not None:
             self.folder.append_metrics(record.step, values)
         self.progress.stepped(record)
         if self._checkpoint_is_due():
             self.save()
 
-    def _evaluate(self) -> float | None:
-        """Return the loss on the validation rows.
+    def _evaluate(self) -> Scores | TaskScores | None:
+        """Return the scores of the validation rows.
 
         Raises:
             TrainingError: it is not finite.
@@ -95,7 +99,7 @@ class Loop:
         )
         checks.check_validation(scores.loss, self.member.books.step)
         self.progress.evaluated(self.member.books.step, scores)
-        return scores.loss
+        return scores
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.member.books.step % every == 0
