@@ -113,7 +113,7 @@ def test_dropout_needs_a_step_and_an_adapter_that_drops():
     assert not bank.route(layout, dropout_step=3).row_keys
     bank.add("two", Lora(lora_dropout=0.1))
     assert not bank.route(layout).row_keys
-    assert set(bank.route(layout, dropout_step=3).row_keys) == {RowSpace.TOKEN}
+    assert set(bank.route(layout, dropout_step=3).row_keys) == {RowSpace.TOKEN, RowSpace.EXAMPLE}
     keys = bank.route(layout, dropout_step=3, label_rows=torch.tensor([2])).row_keys
     assert keys[RowSpace.LABEL].shape == (1,)
 
