@@ -20,7 +20,7 @@ from onebase.train.gguf_model import export_merged
 from tests.tiny import fill_, model_of
 
 
-def base_gguf(path: Path, model: Any) -> Path:
+def base_gguf(path: Path, model: Any, vocabulary: str = "gpt2") -> Path:
     """Write the GGUF file of a tiny Llama, with the fields that llama.cpp's converter writes."""
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -34,6 +34,7 @@ def base_gguf(path: Path, model: Any) -> Path:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model(vocabulary)
     writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
     writer.add_token_scores([0.5] * config.vocab_size)
     writer.add_add_bos_token(False)
