@@ -19,6 +19,7 @@ from onebase.base.pretrained import open_pretrained
 from onebase.base.writing import write_model
 from onebase.config.methods import Ia3, Lora
 from onebase.errors import CapacityError, ConfigError, TargetError, VerificationError
+from onebase.train import merging
 from onebase.train.comparing import inputs_for, numbers_of
 from onebase.train.merging import merge
 from tests import families, tiny
@@ -194,7 +195,7 @@ def test_results_that_differ_although_every_tensor_is_right_are_refused_with_the
         model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *call: 1.5 * call[-1])
         return model, *rest
 
-    monkeypatch.setattr("onebase.train.merging.open_pretrained", other)
+    monkeypatch.setattr(merging, "open_pretrained", other)
     with pytest.raises(VerificationError, match=rf"read again, does not do .* modules differ {DAMAGED} by 5\.0e-01"):
         merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
     assert list(tmp_path.iterdir()) == []
@@ -210,7 +211,7 @@ def test_a_written_file_that_is_damaged_is_caught_and_the_tensor_named(tmp_path,
         tensors[f"{DAMAGED}.weight"][3, 4] += 1e-3
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("onebase.train.merging.write_model", damaged)
+    monkeypatch.setattr(merging, "write_model", damaged)
     with pytest.raises(VerificationError, match=rf"{DAMAGED}\.weight does not hold what was computed: .* 1\.0e-03"):
         merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
     assert list(tmp_path.iterdir()) == []

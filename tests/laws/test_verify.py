@@ -14,6 +14,7 @@ from onebase.config.reading import settings_from
 from onebase.config.settings import TrainSettings
 from onebase.data.reading import read_rows
 from onebase.errors import TrainingError
+from onebase.train import verifying
 from onebase.train.data import prepare
 from onebase.train.member import Member
 from onebase.train.opening import open_adapter
@@ -170,7 +171,7 @@ def test_a_check_that_cannot_be_carried_out_has_failed_and_says_why(shop, adapte
     def fail(*_: Any, **__: Any) -> None:
         raise TrainingError("step 1: the loss is not finite")
 
-    monkeypatch.setattr("onebase.train.verifying.replay", fail)
+    monkeypatch.setattr(verifying, "replay", fail)
     checks = verify(subject_of(shop, adapter))
     assert failures(checks) == ["resumed = uninterrupted"]
     assert checks[3].said == "TrainingError: step 1: the loss is not finite"
