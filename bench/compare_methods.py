@@ -117,18 +117,18 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """Return the record's summary as a Markdown table."""
     lines = [
-        "| method | learning rate | trained | file | loss | lowest - highest | a step | of LoRA's | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | learning rate | trained | file | loss | lowest - highest | seeds | a step | of LoRA's | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in summary["by_method"]:
         loss = line["valid_loss"]
         lines.append(
             f"| `{line['method']}`{'' if line['learns'] else ' (does not learn)'} | {line['learning_rate']:g} "
             f"| {line['trainable_parameters']:,} | {_size(line['file_bytes'])} | {loss['median']:.4f} "
-            f"| {loss['lowest']:.4f} - {loss['highest']:.4f} | {line['wall_seconds']['median']:.2f} s "
+            f"| {loss['lowest']:.4f} - {loss['highest']:.4f} | {loss['runs']} | {line['wall_seconds']['median']:.2f} s "
             f"| {line['wall_ratio_to_lora']['median']:.2f} | {_size(line['peak_rss_bytes']['median'])} |"
         )
-    lines += [f"| `{name}` | refused | | | | | | | |" for name in summary["refused"]]
+    lines += [f"| `{name}` | refused | | | | | | | | |" for name in summary["refused"]]
     return "\n".join(lines)
 
 

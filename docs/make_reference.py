@@ -8,6 +8,7 @@ COLUMNS=100 make demo > demo.txt 2>&1; python docs/make_reference.py demo.txt
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ from onebase.files.peft_config import FORMAT_OF
 from onebase.files.serving import FACTS, PROPERTIES, TOOLS
 
 DOCS = Path(__file__).parent
+BENCH = DOCS.parent / "bench"
 _KINDS = {Path: "a path", str: "text", float: "a number", int: "a whole number"}
 _SECTIONS = {
     "": "The model",
@@ -153,9 +155,19 @@ def serving_tables() -> str:
     )
 
 
+def comparison() -> str:
+    """Return the table of every method at its default on real rows, from the record that bench/compare_methods.py wrote."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        from compare_methods import table
+    finally:
+        sys.path.remove(str(BENCH))
+    return str(table(json.loads((BENCH / "compare_methods.json").read_text(encoding="utf-8"))))
+
+
 PARTS = {
     "export.md": {"what tools read": serving_tables},
-    "methods.md": {"methods": methods_table},
+    "methods.md": {"methods": methods_table, "comparison": comparison},
     "settings.md": {"settings": settings_tables, "other tools' names": foreign_tables},
     "cli.md": {"commands": commands},
 }
