@@ -217,3 +217,14 @@ def test_a_preview_shows_each_rows_label(shop: Path) -> None:
     assert shown.exit_code == 0 and "label cat" in shown.stdout and "label dog" in shown.stdout
     numbers = json.loads(invoke("preview", settings(shop, "regress"), "--rows", "2", "--json").stdout)
     assert [row["target"] for row in numbers["rows"]] == [0.0, 10.0]
+
+
+def test_a_base_whose_head_is_new_is_not_measured_alone(classified: Path) -> None:
+    refused = invoke("eval", classified, "--base-only")
+    assert refused.exit_code == 2 and "hold no head for this task (classifier)" in " ".join(refused.stderr.split())
+
+
+def test_a_column_of_many_values_makes_no_slices(classified: Path, tmp_path: Path) -> None:
+    many = write_rows(tmp_path / "many.jsonl", [{**row, "id": number} for number, row in enumerate(rows_of(101))])
+    refused = invoke("eval", classified, "--data", many, "--slice", "id")
+    assert refused.exit_code == 2 and "'id' has 101 values, at most 100 make slices" in " ".join(refused.stderr.split())

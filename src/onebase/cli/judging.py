@@ -9,6 +9,7 @@ from onebase.cli import terminal
 from onebase.cli.counting import counting
 from onebase.cli.opening import Opened
 from onebase.cli.scores import estimate_rows, slice_table
+from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
     from onebase.measure.judge import TaskScores
@@ -25,6 +26,12 @@ def judge_whole(
     from onebase.measure.evaluate import EVALUATION_TOKENS
     from onebase.measure.judge import judge
 
+    head = opened.bank.base.task_head
+    if adapter is None and not isinstance(head, str) and head.fresh:
+        raise ConfigError(
+            f"{opened.bank.base.name}: its files hold no head for this task ({', '.join(head.fresh)}), so there is nothing to "
+            "measure without an adapter. Leave --base-only away."
+        )
     started = time.perf_counter()
     label = f"adapter {opened.label}" if adapter else f"base {opened.bank.base.name}"
     with counting(label, len(prepared.examples), "rows") as advance:

@@ -53,10 +53,10 @@ def label_rows(opened: Opened, rows: "Sequence[Row]", column: str, out: Path | N
         terminal.say(f"{terminal.counted(len(rows), 'answer')} in {out}")
 
 
-def _answer(labels: "Labels", outputs: Sequence[float], column: str) -> dict[str, Any]:
+def _answer(labels: "Labels", outputs: Any, column: str) -> dict[str, Any]:
     """Return what is written of one row: its number, or its class and the probabilities of all."""
     if labels.problem == "regression":
-        return {column: outputs[0]}
+        return {column: outputs}
     likely = {name: round(one, 6) for name, one in zip(labels.names, outputs, strict=True)}
     if labels.problem == "multi_label_classification":
         chosen: Any = [name for name, one in likely.items() if one > _LIKELY]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onebase.adapters.bank import Bank
 from onebase.config.labels import Problem
 from onebase.data.examples import Examples
+from onebase.errors import ConfigError
 from onebase.measure.evaluate import EVALUATION_TOKENS, Scores, evaluate
 from onebase.measure.forward import batches_of, labels_of, task_logits
 from onebase.measure.metrics import (
@@ -29,6 +30,7 @@ from onebase.measure.metrics import (
 )
 from onebase.ops.objective import Objective, example_losses, objectives_of, probabilities
 
+_MOST_SLICES = 100
 _KINDS: dict[Problem, Kind] = {
     "single_label_classification": "class",
     "multi_label_classification": "multi_label",
@@ -65,9 +67,15 @@ class TaskScores:
         """Return the scores of the examples by their rows' values in some columns.
 
         Raises:
-            ConfigError: no row has one of the columns.
+            ConfigError: no row has one of the columns, or it has too many values for slices.
         """
         found = slices_of([example.values for example in examples], columns)
+        for column, values in found.items():
+            if len(values) > _MOST_SLICES:
+                raise ConfigError(
+                    f"eval.slices: '{column}' has {len(values):,} values, at most {_MOST_SLICES} make slices. Name a column "
+                    "that sorts the rows into few kinds."
+                )
         return [
             SliceScores(column, value, len(members), self.intervals(members))
             for column, values in found.items()
@@ -105,24 +113,17 @@ def judge(
     `objective` is the loss; None: the one that follows from the labels. `on_progress(done, all)` is called after each
     batch with numbers of examples.
     """
-    problem = labels_of(bank.base).problem
-    outputs, losses, done = [], [], 0
-    for batch in batches_of(bank, name, examples, range(len(examples)), batch_tokens):
-        assert batch.targets is not None, "examples of such a task have targets"
-        logits, targets = task_logits(bank, batch), batch.targets.to(bank.base.device)
-        losses.append(example_losses(objective or objectives_of(problem)[0], problem, logits, targets).double().cpu())
-        outputs.append(probabilities(problem, logits).double().cpu())
-        done += len(batch.examples)
-        if on_progress is not None:
-            on_progress(done, len(examples))
-    found, wanted = torch.cat(outputs).numpy(), examples.targets
+    wanted = examples.targets
     assert wanted is not None, "examples of such a task have targets"
-    if problem == "regression":
-        found = found[:, 0]
+    problem = labels_of(bank.base).problem
+    logits = _logits(bank, name, examples, batch_tokens, on_progress)
+    losses = example_losses(objective or objectives_of(problem)[0], problem, logits, torch.from_numpy(wanted))
+    found = _answers(problem, logits)
     scores = {"class": class_scores, "multi_label": multi_label_scores, "number": number_scores}[_KINDS[problem]]
     metrics = scores(found, wanted) if np.isfinite(found).all() else {}  # the loss says it
-    loss = float(torch.cat(losses).mean())
-    return TaskScores(problem, loss, metrics, len(examples), examples.token_count, found, wanted)
+    return TaskScores(
+        problem, float(losses.double().mean()), metrics, len(examples), examples.token_count, found, wanted
+    )
 
 
 @torch.no_grad()
@@ -134,11 +135,27 @@ def outputs_for(
     batch_tokens: int = EVALUATION_TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float64]:
-    """Return (examples, outputs): what an adapter gives each class of each example, or its number."""
-    problem, found, done = labels_of(bank.base).problem, [], 0
+    """Return what an adapter gives each example: (examples, classes) probabilities, or (examples,) numbers."""
+    return _answers(labels_of(bank.base).problem, _logits(bank, name, examples, batch_tokens, on_progress))
+
+
+def _logits(
+    bank: Bank,
+    name: str | None,
+    examples: Examples,
+    batch_tokens: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> torch.Tensor:
+    """Return (examples, outputs) on the CPU, in the examples' order."""
+    found, done = [], 0
     for batch in batches_of(bank, name, examples, range(len(examples)), batch_tokens):
-        found.append(probabilities(problem, task_logits(bank, batch)).double().cpu())
+        found.append(task_logits(bank, batch).cpu())
         done += len(batch.examples)
         if on_progress is not None:
             on_progress(done, len(examples))
-    return torch.cat(found).numpy()
+    return torch.cat(found)
+
+
+def _answers(problem: Problem, logits: torch.Tensor) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = probabilities(problem, logits).double().numpy()
+    return found[:, 0] if problem == "regression" else found
