@@ -106,7 +106,7 @@ def _command(words: tuple[str, ...], command: Any) -> str:
 
 def _placeholder(argument: Any) -> str:
     given = argument.metavar or str(argument.name).upper()
-    return str(given)
+    return f"{given}..." if argument.nargs == -1 else str(given)
 
 
 def _takes(option: Any, types: dict[str, Any]) -> str:

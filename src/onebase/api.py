@@ -115,7 +115,7 @@ class Bank:
             saving.save_tokenizer(self.base, new, settings.template)
 
         reading = saving.reading_of(settings)
-        saving.write(path, self.base, self.adapters[name], task=task, reading=reading, fill=fill)
+        saving.write(path, self.base, self.adapters[name], task=task, extras={"data": reading}, fill=fill)
         return path
 
     def remove(self, name: str) -> None:

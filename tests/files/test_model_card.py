@@ -4,7 +4,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.files.model_card import CardFacts, DataFacts, model_card, public_name
+from onebase.files.model_card import CardFacts, DataFacts, TrainingFacts, model_card, public_name
 
 FACTS = CardFacts(
     name="definitions",
@@ -15,13 +15,15 @@ FACTS = CardFacts(
         "data.train": "/home/me/secret/define-train.jsonl",
         "adapter.target_modules": ["q_proj"],
     },
-    data=[DataFacts("train", "/home/me/secret/define-train.jsonl", 8000, 8000, 160_000)],
-    steps=100,
-    examples=1600,
-    tokens=94_000,
-    train_loss=2.9,
-    valid_loss_before=3.8312,
-    valid_loss=2.7,
+    training=TrainingFacts(
+        data=[DataFacts("train", "/home/me/secret/define-train.jsonl", 8000, 8000, 160_000)],
+        steps=100,
+        examples=1600,
+        tokens=94_000,
+        train_loss=2.9,
+        valid_loss_before=3.8312,
+        valid_loss=2.7,
+    ),
     trainable_parameters=4_884_480,
     total_parameters=139_399_488,
     onebase_version="0.1.0",
@@ -57,6 +59,17 @@ def test_the_card_says_what_was_learned_from_what_and_how_to_load_it():
         "onebase chat",
     ):
         assert part in card
+
+
+def test_the_card_of_a_combined_adapter_says_of_what_and_how_and_nothing_of_a_training():
+    sources = [("law", 0.7), ("a|b", -0.5)]
+    settings = {"how": "ties", "density": 0.5}
+    card = model_card(
+        CardFacts(**{**vars(FACTS), "training": None, "combined_from": sources, "settings": settings}),
+    )
+    for part in ("combined from others with onebase 0.1.0", "| law | 0.7 |", "| a\\|b | -0.5 |", "| `density` | 0.5 |"):
+        assert part in card
+    assert "train" not in card.replace("from_pretrained", "") and "PeftModel.from_pretrained" in card
 
 
 def test_the_card_opens_a_packaged_base_by_the_folder_that_transformers_knows():

@@ -117,7 +117,7 @@ def test_an_adapter_with_a_scale_folded_wrong_shows_in_the_outputs(
         return settings, tensors, zeros
 
     monkeypatch.setattr(portable, "portable_form", damaged)
-    monkeypatch.setattr(portable, "_check_updates", lambda *given: 0.0)
+    monkeypatch.setattr(portable, "check_updates", lambda *given: 0.0)
     with pytest.raises(VerificationError, match="gives other outputs"):
         export_portable(bank, "a", folder, tmp_path / "b")
     shutil.rmtree(tmp_path / "a")

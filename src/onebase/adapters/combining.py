@@ -84,6 +84,22 @@ class Recipe:
     majority_sign_method: str = "total"
     seed: int = 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether what is dropped is drawn, so that the seed counts."""
+        return self.how in _WAYS and _WAYS[self.how].drops == "random"
+
+    @property
+    def said(self) -> dict[str, str | int | float]:
+        """What decides the result, by name, without what this way has no use for."""
+        return {
+            "how": self.how,
+            **({} if self.svd_rank is None else {"svd_rank": self.svd_rank}),
+            **({} if self.density is None else {"density": self.density}),
+            **({"majority_sign_method": self.majority_sign_method} if _WAYS[self.how].elects else {}),
+            **({"seed": self.seed} if self.draws else {}),
+        }
+
     def problems(self) -> list[str]:
         """Return what is wrong with it."""
         way = _WAYS.get(self.how)
@@ -132,7 +148,7 @@ def combine(
         ConfigError: all that is wrong with weights, recipe or adapters, and what cannot be combined.
         CapacityError: the dense updates of a layer do not fit into memory.
     """
-    problems = [*_weight_problems(ingredients, weights), *recipe.problems()]
+    problems = [*weight_problems(len(ingredients), weights), *recipe.problems()]
     pairs = [pairs_of(one, problems) for one in ingredients]
     if not problems:
         problems += _layer_problems(ingredients, pairs, recipe)
@@ -155,6 +171,19 @@ def combine(
             tensors |= pair.tensors(A, B) if place == path else pair.tensors(B.T, A.T)
             ranks[place] = int(A.shape[0])
     return _settings(ranks, tied=bool(tied)), tensors
+
+
+def weight_problems(count: int, weights: Sequence[int | float]) -> list[str]:
+    """Return what is wrong with the weights of `count` adapters."""
+    if not count:
+        return ["there is no adapter. Give at least one."]
+    if count != len(weights):
+        return [f"weights: must be one for each of {count} adapters, got {len(weights)}."]
+    most = sys.float_info.max
+    wrong = [f"weights: must be finite numbers, got {weight}." for weight in weights if not -most <= weight <= most]
+    if not wrong and not any(weights):
+        return ["weights: all are 0, so the adapter would change nothing. Give at least one other."]
+    return wrong
 
 
 def keep_mask(shape: torch.Size, density: float, key: int) -> Bool[Tensor, "rows columns"]:
@@ -242,18 +271,6 @@ def _largest(name: str, tensor: Tensor, density: float) -> Tensor:
 def _drawn(tensor: Tensor, density: float, key: int) -> Tensor:
     """Return a random share of the tensor divided by that share, so that its mean stays."""
     return tensor * keep_mask(tensor.shape, density, key) / density
-
-
-def _weight_problems(ingredients: Sequence[Ingredient], weights: Sequence[int | float]) -> list[str]:
-    if not ingredients:
-        return ["there is no adapter. Give at least one."]
-    if len(ingredients) != len(weights):
-        return [f"weights: must be one for each of {len(ingredients)} adapters, got {len(weights)}."]
-    most = sys.float_info.max
-    wrong = [f"weights: must be finite numbers, got {weight}." for weight in weights if not -most <= weight <= most]
-    if not wrong and not any(weights):
-        return ["weights: all are 0, so the adapter would change nothing. Give at least one other."]
-    return wrong
 
 
 def _layer_problems(

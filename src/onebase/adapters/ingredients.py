@@ -22,7 +22,10 @@ from onebase.adapters.pair import scaling_of
 from onebase.config.methods import AdapterSettings, Lora
 
 _NAME = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(?:\.weight)?")
-_INSTEAD = "Merge the adapters into their base one after the other instead, or train without it."
+_INSTEAD = (
+    "Merge the adapters into their base one after the other instead (onebase merge A --out MODEL, then onebase merge B "
+    "--model MODEL --allow-base-mismatch --out BOTH), or train without it."
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ def pairs_of(ingredient: Ingredient, problems: list[str]) -> dict[str, StoredPai
     settings = ingredient.settings
     if not isinstance(settings, Lora):
         problems.append(
-            f"{ingredient.name}: is {settings.title}; only LoRA adapters can be combined. Merge it into its base and "
-            "train the others on that, or leave it out."
+            f"{ingredient.name}: is {settings.title}; only LoRA adapters can be combined. Merge it into its base "
+            "(onebase merge ADAPTER --out MODEL) and train the others on that, or leave it out."
         )
         return {}
     if start.takes_from_base(settings.init_lora_weights):

@@ -91,6 +91,8 @@ _verb(
     merge.merge,
     "merge runs/first --out models/first",
     "merge runs/first --out models/half --dtype bfloat16",
+    "merge runs/a runs/b --weights 0.7,0.3 --out adapters/both",
+    "merge runs/a runs/b --weights 1,-0.5 --how ties --density 0.5 --out less",
 )
 _verb(app, "verify", verify.verify, "verify runs/first", "verify runs/first --data test.jsonl --json")
 _verb(

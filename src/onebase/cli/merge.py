@@ -1,4 +1,4 @@
-"""`onebase merge`: a plain model folder from an adapter and its base, verified before it is there."""
+"""`onebase merge`: an adapter and its base as a plain model folder; several adapters as one. Verified before it is there."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onebase.cli import options, terminal
+from onebase.cli.combine import CombineOptions, combine
 from onebase.cli.few_rows import few_rows
 from onebase.cli.opening import BaseOptions, Opened, open_adapter
+from onebase.errors import ConfigError, list_problems
 
 if TYPE_CHECKING:
     from onebase.train.merging import Merge
@@ -17,15 +19,40 @@ _ROWS = 16
 
 
 def merge(  # noqa: PLR0913 (a verb's options are its parameters)
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder or a run's.")],
-    out: Annotated[Path, typer.Option(help="The model's folder; it must not exist yet.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="An adapter's folder or a run's; several to combine them."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the model or the adapter; it must not exist yet.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="The weight of each adapter, below zero too: 0.7,-0.3")
+    ] = None,
+    how: Annotated[
+        str | None,
+        typer.Option(
+            help="How to combine: cat (the exact sum; the default), svd, linear, ties, dare_linear, dare_ties, "
+            "magnitude_prune; the last four also with _svd behind."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="The share of numbers that ties, dare and magnitude_prune keep.")
+    ] = None,
+    svd_rank: Annotated[
+        int | None, typer.Option(help="The rank that svd cuts to. Default: the largest of a layer's adapters.")
+    ] = None,
+    majority_sign_method: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="How ties elects a sign: total (the sum's; the default), frequency."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides what dare drops. Default: 0.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="The number format to store: float32, bfloat16, float16. Default: the base's.")
+        str | None,
+        typer.Option(help="A model's number format: float32, bfloat16, float16. Default: the base's."),
     ] = None,
     rows: Annotated[
         str | None,
         typer.Option(
-            help="The rows to verify on. Default: the run's data.valid, data.test or data.train, or a few texts."
+            help="The rows to verify a model on. Default: the run's data.valid, data.test or data.train, or a few texts."
         ),
     ] = None,
     as_json: options.AsJson = False,
@@ -34,17 +61,36 @@ def merge(  # noqa: PLR0913 (a verb's options are its parameters)
     trust_remote_code: options.TrustRemoteCode = False,
     allow_base_mismatch: options.AllowBaseMismatch = False,
 ) -> None:
-    """Write an adapter into its base: a plain model that needs no onebase.
+    """Write an adapter into its base, or several adapters as one.
 
-    Weights are merged in fp32. Before the folder gets its name it is opened again by transformers, and its logits are
-    compared with those of base and adapter: what differs by more than rounding is refused, with the layer.
+    One adapter gives a plain model that needs no onebase. Weights are merged in fp32. Before the folder gets its name it
+    is opened again by transformers, and its logits are compared with those of base and adapter: what differs by more than
+    rounding is refused, with the layer.
+
+    Several LoRA adapters of one base, with --weights, give one adapter. It is read again and compared with what it was
+    made from before the folder gets its name. One adapter with --weights or --how is scaled, pruned or cut so.
     """
+    on = BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch)
+    wanted = CombineOptions(weights, how, density, svd_rank, majority_sign_method, seed)
+    if len(adapters) > 1 or wanted.wanted:
+        combine(adapters, out, wanted, on, not_for_this={"--dtype": dtype, "--rows": rows}, as_json=as_json)
+    elif wanted.details:
+        problems = [f"{name}: is for combining adapters. Remove it, or say --how." for name in wanted.details]
+        raise ConfigError(list_problems("the options of merge", problems))
+    else:
+        _merge_into_base(adapters[0], out, dtype, rows, on, as_json=as_json)
+
+
+def _merge_into_base(
+    adapter: str, out: Path, dtype: str | None, rows: str | None, on: BaseOptions, *, as_json: bool
+) -> None:
+    """Write the plain model that an adapter and its base are together, and say what was found."""
     from onebase.base.device import resolve_dtype
     from onebase.train.merging import adapter_load_seconds, check_out, merge, rows_for
 
     stored = None if dtype is None else resolve_dtype(dtype)
     check_out(out)
-    opened = open_adapter(adapter, BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch))
+    opened = open_adapter(adapter, on)
     bank, name = opened.bank, opened.adapter
     assert name is not None, "an adapter was opened"
     few = few_rows(opened, rows, _ROWS)
@@ -55,7 +101,7 @@ def merge(  # noqa: PLR0913 (a verb's options are its parameters)
         out,
         rows_for(bank, few.sequences),
         dtype=stored,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=on.trust_remote_code,
         note=terminal.say,
     )
     seconds = adapter_load_seconds(bank, Path(adapter).expanduser())

@@ -35,8 +35,24 @@ class DataFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """What a training took and reached."""
+
+    data: Sequence[DataFacts] = ()
+    steps: int
+    examples: int
+    tokens: int
+    train_loss: float
+    valid_loss_before: float | None = None
+    valid_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card says. `settings` are the dotted names and values worth showing, in order."""
+    """What a card says. `settings` are the dotted names and values worth showing, in order.
+
+    An adapter was trained, or it is `combined_from` others, each with its weight.
+    """
 
     name: str
     base: str
@@ -46,13 +62,8 @@ class CardFacts:
     title: str = "LoRA"
     task: str = "chat"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    data: Sequence[DataFacts] = ()
-    steps: int
-    examples: int
-    tokens: int
-    train_loss: float
-    valid_loss_before: float | None = None
-    valid_loss: float | None = None
+    training: TrainingFacts | None = None
+    combined_from: Sequence[tuple[str, float]] = ()
     trainable_parameters: int
     total_parameters: int
     onebase_version: str
@@ -60,8 +71,11 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """Return the text of README.md."""
-    parts = [_front_matter(facts), f"# {facts.name}", _opening(facts), _training(facts)]
-    parts += [_data_table(facts.data)] if facts.data else []
+    parts = [_front_matter(facts), f"# {facts.name}", _opening(facts)]
+    if facts.training is not None:
+        parts += [_training(facts.training, facts.task)]
+        parts += [_data_table(facts.training.data)] if facts.training.data else []
+    parts += [_sources_table(facts.combined_from)] if facts.combined_from else []
     parts += [_settings_table(facts.settings)] if facts.settings else []
     parts += [_how_to_load(facts)]
     return "\n\n".join(parts) + "\n"
@@ -88,23 +102,24 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _opening(facts: CardFacts) -> str:
     share = facts.trainable_parameters / facts.total_parameters
+    made, what = ("combined from others", "Parameters") if facts.combined_from else ("trained", "Trained parameters")
     lines = [
-        f"An adapter ({facts.title}) for `{public_name(facts.base)}`, trained with onebase {facts.onebase_version}.",
+        f"An adapter ({facts.title}) for `{public_name(facts.base)}`, {made} with onebase {facts.onebase_version}.",
         "",
-        f"- Trained parameters: {facts.trainable_parameters:,} of {facts.total_parameters:,} ({share:.2%})",
+        f"- {what}: {facts.trainable_parameters:,} of {facts.total_parameters:,} ({share:.2%})",
     ]
     lines += [f"- Revision of the base: `{facts.base_revision}`"] if facts.base_revision else []
     lines += [f"- Fingerprint of the base's weights: `{facts.base_fingerprint}`"] if facts.base_fingerprint else []
     return "\n".join(lines)
 
 
-def _training(facts: CardFacts) -> str:
+def _training(facts: TrainingFacts, task: str) -> str:
     lines = [
         "## Training",
         "",
         f"{facts.steps:,} steps on {facts.examples:,} examples ({facts.tokens:,} tokens).",
         "",
-        f"| loss, mean over {'examples' if facts.task in ('classify', 'regress') else 'labelled tokens'} | |",
+        f"| loss, mean over {'examples' if task in ('classify', 'regress') else 'labelled tokens'} | |",
         "|---|---|",
         f"| training, whole run | {facts.train_loss:.4f} |",
     ]
@@ -120,6 +135,12 @@ def _data_table(data: Sequence[DataFacts]) -> str:
     for one in data:
         name = _cell(one.file if one.file.startswith("hub:") else PurePath(one.file).name)
         lines.append(f"| {one.role} | {name} | {one.rows:,} | {one.examples:,} | {one.labelled_tokens:,} |")
+    return "\n".join(lines)
+
+
+def _sources_table(sources: Sequence[tuple[str, float]]) -> str:
+    lines = ["## Combined from", "", "| adapter | weight |", "|---|---|"]
+    lines += [f"| {_cell(name)} | {weight:g} |" for name, weight in sources]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters.bank import Adapter, Bank
-from onebase.adapters.ingredients import Ingredient, StoredPair, ingredient_of, pairs_of
+from onebase.adapters.ingredients import StoredPair, ingredient_of, pairs_of
 from onebase.adapters.matching import matches
 from onebase.adapters.merging import check_mergeable
 from onebase.adapters.pair import matrix_shape
@@ -30,11 +30,10 @@ from onebase.files.serving import MERGE, TOOLS
 from onebase.train import saving
 from onebase.train.comparing import bounds_of, inputs_for, numbers_of
 from onebase.train.merging import check_out
+from onebase.train.updates import check_updates
 
 _NAME = "portable"
 _LINEAR = ("linear", "transposed-linear")
-_ROUNDING = 2.0**-20  # a rounding of B to fp32 is 2**-24; the product is compared in fp64
-_PROBES = 4
 _PROBE_TOKENS = 32
 
 
@@ -70,7 +69,8 @@ def export_portable(bank: Bank, name: str, folder: Path, out: Path) -> Export:
     def verify(new: Path) -> None:
         """Complete the new folder and compare it with the adapter."""
         saving.save_tokenizer(bank.base, new, None)
-        found["updates"] = _check_updates(pairs, new)
+        wanted = {path: [(1.0, pair)] for path, pair in pairs.items()}
+        found["updates"] = check_updates(new, wanted, "the portable adapter")
         found["outputs"] = _check_outputs(bank, name)
 
     record = read_adapter(folder).record
@@ -81,7 +81,7 @@ def export_portable(bank: Bank, name: str, folder: Path, out: Path) -> Export:
             written,
             task="chat" if record is None else record.task,
             revision=None if record is None else record.base_revision,
-            reading=None if record is None else record.extras.get("data"),
+            extras=None if record is None else record.extras,
             fill=verify,
         )
     finally:
@@ -161,39 +161,6 @@ def _layers_of_the_same_names(bank: Bank, pairs: Mapping[str, StoredPair]) -> di
     if not all(kinds.get(path) in _LINEAR for path in others):
         return {}
     return {path: matrix_shape(bank.places.module(path)) for path in others}
-
-
-@torch.no_grad()
-def _check_updates(pairs: Mapping[str, StoredPair], folder: Path) -> float:
-    """Return the largest relative difference between the updates of `pairs` and of the adapter that was written.
-
-    Raises:
-        VerificationError: more than rounding, or another set of layers.
-    """
-    stored = read_adapter(folder)
-    problems: list[str] = []
-    again = pairs_of(Ingredient(str(folder), stored.settings, stored.tensors), problems)
-    problems += [f"{path} has no pair." for path in pairs if path not in again]
-    problems += [f"{path} is scaled by {pair.scaling}, not 1." for path, pair in again.items() if pair.scaling != 1]
-    differences = {}
-    if not problems:
-        for path, pair in again.items():
-            own = pairs.get(path)
-            probes = torch.randn(pair.A.shape[1], _PROBES, generator=torch.Generator().manual_seed(0)).double()
-            found = pair.B.double() @ (pair.A.double() @ probes)
-            wanted = (
-                torch.zeros_like(found) if own is None else own.scaling * (own.B.double() @ (own.A.double() @ probes))
-            )
-            size = float((pair.B.double().abs() @ (pair.A.double().abs() @ probes.abs())).max())
-            differences[path] = float((found - wanted).abs().max()) / max(size, 1e-300)
-        problems += [
-            f"the update of {path} differs by {value:.1e} of its size (bound {_ROUNDING:.0e})."
-            for path, value in differences.items()
-            if not value <= _ROUNDING
-        ]
-    if problems:
-        raise VerificationError(list_problems("the portable adapter, written and read again", problems, shown=5))
-    return max(differences.values())
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from onebase.config.settings import INSTEAD_OF, DataSettings, Settings
 from onebase.data.building import read_template
 from onebase.files.atomic import write_synced
 from onebase.files.method_format import Placement
-from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, model_card
+from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, TrainingFacts, model_card
 from onebase.files.peft_config import targets_of
 from onebase.files.peft_format import TENSORS_NAME, write_adapter
 from onebase.files.record import AdapterRecord
@@ -47,8 +47,8 @@ def save_run_adapter(folder: Path, member: Member, settings: Settings, data: Tra
         save_tokenizer(base, new, settings.data.template)
         write_synced(new / CARD_NAME, card)
 
-    reading = reading_of(settings.data)
-    return write(folder, base, adapter, task=settings.task, revision=settings.revision, reading=reading, fill=fill)
+    extras = {"data": reading_of(settings.data)}
+    return write(folder, base, adapter, task=settings.task, revision=settings.revision, extras=extras, fill=fill)
 
 
 def write(
@@ -58,12 +58,13 @@ def write(
     *,
     task: str,
     revision: str | None = None,
-    reading: Mapping[str, Any] | None = None,
+    extras: Mapping[str, Any] | None = None,
     fill: Callable[[Path], None] | None = None,
 ) -> int:
     """Write an adapter in PEFT's format with our record beside it and return the bytes of its tensor file.
 
-    `reading` is how its rows were read (`reading_of`), so that whoever asks it later asks as in training.
+    Of `extras` what is not empty is kept: `data`, how its rows were read (`reading_of`), so that whoever asks it later
+    asks as in training; `combined`, what it was combined from.
     """
     labels = base.labels if base.own_heads else None
 
@@ -88,7 +89,7 @@ def write(
             task=task,
             seed=adapter.seed,
             labels=None if labels is None else {"problem": labels.problem, "names": list(labels.names)},
-            extras={"data": dict(reading)} if reading else {},
+            extras={name: value for name, value in (extras or {}).items() if value},
         ),
         fill=fill_all,
     )
@@ -174,13 +175,15 @@ def _facts(folder: Path, base: Base, member: Member, settings: Settings, data: T
         title=settings.adapter.title,
         task=settings.task,
         settings=_worth_showing(settings),
-        data=[*_data_facts("train", data.train), *([] if data.valid is None else _data_facts("valid", data.valid))],
-        steps=books.step,
-        examples=books.examples,
-        tokens=books.tokens,
-        train_loss=books.loss_sum / books.labels,
-        valid_loss_before=books.valid_loss_before,
-        valid_loss=books.best_loss if member.best is not None else books.last_valid_loss,
+        training=TrainingFacts(
+            data=[*_data_facts("train", data.train), *([] if data.valid is None else _data_facts("valid", data.valid))],
+            steps=books.step,
+            examples=books.examples,
+            tokens=books.tokens,
+            train_loss=books.loss_sum / books.labels,
+            valid_loss_before=books.valid_loss_before,
+            valid_loss=books.best_loss if member.best is not None else books.last_valid_loss,
+        ),
         trainable_parameters=member.adapter.parameter_count,
         total_parameters=base.parameter_count + member.adapter.parameter_count,
         onebase_version=onebase.__version__,
