@@ -73,6 +73,8 @@ def test_a_model_has_one_front_at_a_time() -> None:
     front = front_of(ours, "llama", "LoraConfig")
     with pytest.raises(ConfigError, match="has adapters already"):
         ours.get_peft_model(front, ours.LoraConfig())
+    with pytest.raises(ConfigError, match="several methods on one model"):
+        ours.get_peft_model(model_of("llama"), ours.LoraConfig(), "default", True)
     with pytest.raises(ConfigError, match="already has a bank"):
         ours.get_peft_model(front.get_base_model(), ours.LoraConfig())
 

@@ -114,6 +114,11 @@ class Merged:
             kept = self._kept.setdefault(id(tensor), _Kept(key, tensor, tensor.data))
             kept.merged = tensor.data = one_of[state[key].data_ptr(), state[key].shape]
 
+    @property
+    def changed(self) -> dict[str, Tensor]:
+        """The tensors of the base that hold merged numbers now, by name."""
+        return {kept.key: kept.merged for kept in self._kept.values()}
+
     def unmerge(self) -> None:
         """Put the base's own tensors back; a second call does nothing.
 

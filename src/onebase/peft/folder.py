@@ -28,7 +28,7 @@ from onebase.train.opening import fitted
 from onebase.train.saving import module_paths
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 PEFT_PREFIX = "base_model.model."
@@ -40,6 +40,28 @@ def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return {
         name if name == form.single else form.prefix + name: tensor for name, tensor in adapter.file_tensors.items()
     }
+
+
+def tensors_among(front: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors, under the keys of PEFT's file, out of a state dict of the whole model.
+
+    Raises:
+        FileFormatError: it holds not all of them, or the file holds other tensors than the model.
+    """
+    trained = dict(adapter.parameters())
+    at = {name: parameter.data_ptr() for name, parameter in trained.items()}
+    if {name: tensor.data_ptr() for name, tensor in adapter.file_tensors.items()} != at:
+        raise FileFormatError(
+            f"state_dict: the file of adapter {adapter.name!r} ({adapter.settings.method}) holds what its tensors make, not "
+            "the tensors. Leave state_dict out."
+        )
+    names = {id(parameter): name for name, parameter in front.named_parameters()}
+    missing = [names[id(p)] for p in trained.values() if names[id(p)] not in given]
+    if missing:
+        raise FileFormatError(f"state_dict: {missing[0]} is missing. Give the whole model's, or leave it out.")
+    found = {name: given[names[id(parameter)]] for name, parameter in trained.items()}
+    form = FORMAT_OF[type(adapter.settings)]
+    return {name if name == form.single else form.prefix + name: tensor for name, tensor in found.items()}
 
 
 def load_(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
@@ -79,12 +101,13 @@ def embedding_copies(model: Any, config: PeftConfig, wanted: bool | str) -> dict
     return found
 
 
-def write(folder: Path, adapter: Adapter, config: PeftConfig, model: Any, embeddings: bool | str = "auto") -> None:
-    """Write an adapter and its configuration into a folder, and the base's embeddings with it where PEFT does.
+def write(
+    folder: Path, adapter: Adapter, config: PeftConfig, model: Any, tensors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Write an adapter's tensors and its configuration into a folder.
 
     The configuration's base_model_name_or_path is set from the model where it is None, as PEFT does.
     """
-    tensors = file_tensors(adapter) | embedding_copies(model, config, embeddings)
     write_file(folder / TENSORS_NAME, tensor_bytes(tensors), writing="the adapter")
     name = getattr(model, "name_or_path", None) or None
     config.base_model_name_or_path = config.base_model_name_or_path or name

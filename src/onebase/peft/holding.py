@@ -7,7 +7,7 @@ wrapper of their module, and `let_go` takes them away again. Nothing is computed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from typing import Any
 
 from torch import nn
@@ -53,7 +53,27 @@ def let_go(front: nn.Module, adapter: Adapter) -> None:
 
 
 class _Held(nn.Module):
-    """A container that is only there to have names in it."""
+    """A container that is only there to have names in it, which can be looked up: `layer.lora_A["default"]`."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keys(self) -> KeysView[str]:
+        """Return the names."""
+        return self._entries.keys()
+
+    @property
+    def _entries(self) -> dict[str, Any]:
+        return {**self._modules, **self._parameters}
 
 
 def _names(part: Part, name: str, adapter_name: str) -> list[str]:

@@ -88,7 +88,7 @@ class PeftModel(nn.Module):
         self._merged: Merged | None = None
         self._virtual = isinstance(config, PromptLearningConfig)
         self._bank = bank_on(model, flat=self._virtual)
-        self.base_model: Any = model if self._virtual else Tuner(model)
+        self.base_model: Any = model if self._virtual else Tuner(model, self)
         self._resting: Route | None = None
         self._hook: RemovableHandle | None = None
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -108,7 +108,7 @@ class PeftModel(nn.Module):
             FileFormatError: there is none, it is damaged or does not fit the model.
         """
         front = cls.__new__(cls)
-        front._start(model, config or PeftConfig.from_pretrained(model_id))
+        front._start(model, config or PeftConfig.from_pretrained(model_id, unused.get("subfolder")))
         front.load_adapter(model_id, adapter_name, is_trainable=is_trainable, config=config, **unused)
         front.set_adapter(adapter_name, inference_mode=not is_trainable)
         return front
@@ -132,7 +132,12 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model" or "_bank" not in self.__dict__:
                 raise
-            return getattr(self.get_base_model(), name)
+            model = self.get_base_model()
+            try:
+                return getattr(model, name)
+            except AttributeError as error:
+                told = f"neither onebase.peft's PeftModel nor {type(model).__name__} has {name!r}; see docs/peft.md."
+                raise AttributeError(told, name=name, obj=self) from error
 
     def get_base_model(self) -> Any:
         """Return the user's own model, with the wrappers in it."""
@@ -208,11 +213,12 @@ class PeftModel(nn.Module):
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, *,
-        config: PeftConfig | None = None, **unused: Any,
+        config: PeftConfig | None = None, subfolder: str | None = None, **unused: Any,
     ) -> Any:  # fmt: skip
         """Put the adapter in a folder on the model, or its tensors into the adapter of that name.
 
         Args:
+            subfolder: where in the folder it lies.
             unused: what PEFT takes and has no effect here: an adapter goes where its modules are; warned about.
 
         Raises:
@@ -222,7 +228,7 @@ class PeftModel(nn.Module):
         if unused:
             warnings.warn(f"{', '.join(sorted(unused))} has no effect when an adapter is loaded", stacklevel=2)
         with as_it_was(self.get_base_model(), self._bank.base):
-            stored = folder.read(checked_path(model_id), self._bank)
+            stored = folder.read(checked_path(model_id) / (subfolder or ""), self._bank)
             adapter = None
             if adapter_name not in self.peft_config:
                 config = config or PeftConfig.from_pretrained(stored.folder)
@@ -276,7 +282,7 @@ class PeftModel(nn.Module):
         self._settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; if it was active, the first of the others is then.
+        """Take an adapter off; if it was active, the first of the others in the alphabet is then.
 
         Raises:
             ConfigError: there is none of that name.
@@ -287,7 +293,7 @@ class PeftModel(nn.Module):
         self._bank.remove(adapter_name)
         del self.peft_config[adapter_name]
         if adapter_name == self._active:
-            self._active = next(iter(self.peft_config), "")
+            self._active = min(self.peft_config, default="")  # PEFT's choice
             if self._active:
                 warnings.warn(
                     f"adapter {adapter_name!r} was active and is deleted; {self._active!r} is active now", stacklevel=2
@@ -330,19 +336,39 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base alone inside the block."""
-        self._unmerge_first()
         before = self._disabled
-        self._disabled = True
-        self._settle()
+        self.disable_adapter_layers()
         try:
             yield
         finally:
             self._disabled = before
             self._settle()
 
-    def _known(self, name: str) -> str:
-        if name not in self.peft_config:
-            raise ConfigError(f"no adapter {name!r}; there is {', '.join(map(repr, self.peft_config)) or 'none'}.")
+    def disable_adapter_layers(self) -> None:
+        """Run the base alone until `enable_adapter_layers`."""
+        self._unmerge_first()
+        self._disabled = True
+        self._settle()
+
+    def enable_adapter_layers(self) -> None:
+        """Run with the active adapter again."""
+        self._disabled = False
+        self._settle()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters' tensors require gradients, or not; which one is active stays as it is.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._require(self._known(name), requires_grad)
+
+    def _known(self, name: Any) -> str:
+        if not isinstance(name, str) or name not in self.peft_config:
+            rule = "" if isinstance(name, str) else "one at a time; "
+            have = ", ".join(map(repr, self.peft_config)) or "none"
+            raise ConfigError(f"no adapter {name!r}; {rule}there is {have}.")
         return name
 
     def _settings(self) -> Any:
@@ -372,15 +398,24 @@ class PeftModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- merging
 
-    def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
-        """Write the active adapter, or these, into the model's weights; `unmerge_adapter` restores every byte.
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the active adapter, or these, into the model's weights, beside those that are in them already.
+
+        `unmerge_adapter` restores every byte.
+
+        Args:
+            safe_merge: refuse what would leave a weight that is not finite; the model is as it was then.
 
         Raises:
-            ConfigError: an adapter that no weight can hold.
+            ConfigError: an adapter that no weight can hold, or with `safe_merge` a broken one.
         """
-        self._unmerge_first()
-        self._merged = Merged(self._bank, adapter_names or self.active_adapters)
+        wanted = self.active_adapters if adapter_names is None else [self._known(name) for name in adapter_names]
+        before = () if self._merged is None else self._merged.names
+        self.unmerge_adapter()
+        self._merged = Merged(self._bank, [*dict.fromkeys([*before, *wanted])])
         self._settle()
+        if safe_merge:
+            self._check_merged()
 
     def unmerge_adapter(self) -> None:
         """Put the model's own weights back."""
@@ -389,15 +424,33 @@ class PeftModel(nn.Module):
             self._merged = None
         self._settle()
 
+    def _check_merged(self) -> None:
+        """Unmerge and raise where a merged weight is not finite."""
+        assert self._merged is not None
+        names, changed = self._merged.names, self._merged.changed
+        broken = [key for key, tensor in changed.items() if not tensor.isfinite().all()]
+        if broken:
+            self.unmerge_adapter()
+            raise ConfigError(
+                f"safe_merge: {', '.join(names)} would leave numbers in {broken[0]} that are not finite. The adapter is "
+                "broken: train it again, or load an earlier one."
+            )
+
     def _unmerge_first(self) -> None:
         if self._merged is not None:
             warnings.warn(f"{', '.join(self._merged.names)} is merged; it is unmerged first", stacklevel=3)
             self.unmerge_adapter()
 
-    def merge_and_unload(self, adapter_names: list[str] | None = None) -> Any:
-        """Return the user's model with the active adapter, or these, in its weights, and no wrappers."""
-        if self._merged is None or adapter_names is not None:
-            self.merge_adapter(adapter_names)
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        """Return the user's model with the active adapter, or these, in its weights, and no wrappers.
+
+        Args:
+            progressbar: has no effect.
+            safe_merge: as in `merge_adapter`.
+        """
+        self.merge_adapter(adapter_names, safe_merge)
         return self.unload(keep_merged=True)
 
     def unload(self, *, keep_merged: bool = False) -> Any:
@@ -435,24 +488,28 @@ class PeftModel(nn.Module):
 
         Args:
             save_embedding_layers: the base's embeddings beside the adapter; "auto": where it is on one of them.
+            state_dict: the whole model's, gathered elsewhere; None: as it is.
 
         Raises:
-            ConfigError: no such adapter, a pickle is asked for, or tensors other than the model's own.
+            ConfigError: no such adapter, or a pickle is asked for.
+            FileFormatError: `state_dict` does not hold the adapter.
         """
         if not safe_serialization:
             raise ConfigError(
                 "safe_serialization: adapters are written as safetensors, never as pickles. Leave it out."
             )
-        if state_dict is not None:
-            raise ConfigError("state_dict: the tensors written are the model's own. Leave it out, or load them first.")
         names = [self._known(name) for name in selected_adapters or self.peft_config]
         place = checked_path(save_directory)
         if place.is_file():
             raise ConfigError(f"{place}: is a file. Name a folder.")
         for name in names if is_main_process else []:
             path = place if name == "default" else place / name
-            adapter, config = self._bank.adapters[name], self.peft_config[name]
-            folder.write(path, adapter, config, self.get_base_model(), save_embedding_layers)
+            adapter, config, model = self._bank.adapters[name], self.peft_config[name], self.get_base_model()
+            own = (
+                folder.file_tensors(adapter) if state_dict is None else folder.tensors_among(self, adapter, state_dict)
+            )
+            beside = folder.embedding_copies(model, config, save_embedding_layers)
+            folder.write(path, adapter, config, model, {**own, **beside})
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as the bank has it.

@@ -13,13 +13,25 @@ from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
 from onebase.base.model import Base
 
+_OF_FRONT = {
+    "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
+    "enable_adapter_layers", "merge_adapter", "merge_and_unload", "peft_config", "set_adapter", "set_requires_grad",
+    "unload", "unmerge_adapter",
+}  # fmt: skip
+"""What PEFT lets be asked of base_model, and transformers' models would answer for adapters of their own."""
+
 
 class Tuner(nn.Module):
-    """What PEFT calls base_model: the user's model lies in it as `model`."""
+    """What PEFT calls base_model: the user's model lies in it as `model`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        front: the PeftModel, which answers for the adapters.
+    """
+
+    def __init__(self, model: nn.Module, front: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._front = (front,)  # in a tuple: no module of this one
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """Return what the user's model makes of its inputs."""
@@ -29,9 +41,9 @@ class Tuner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name in ("model", "_front"):
                 raise
-            return getattr(self.model, name)
+            return getattr(self._front[0] if name in _OF_FRONT else self.model, name)
 
 
 def bank_on(model: Any, *, flat: bool) -> Bank:

@@ -1,0 +1,148 @@
+"""Calls that scripts written for PEFT make besides training: their arguments, what they return, what they look up."""
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import onebase.peft as ours
+from onebase.errors import ConfigError, FileFormatError
+from tests.peft.pairs import CLOSE, GPT2, assert_same_files, fill_, front_of, ids_of, model_of, pair, quietly, trained
+
+BOTH = pytest.mark.parametrize("lib", [peft, ours], ids=["peft", "ours"])
+
+
+def two(lib: Any) -> Any:
+    """Return a model with adapters "default" and "b", both filled, "default" active."""
+    model = front_of(lib, "gpt2", "LoraConfig", target_modules=GPT2)
+    fill_(model)
+    torch.manual_seed(4)
+    quietly(lambda: model.add_adapter("b", lib.LoraConfig(target_modules=GPT2, r=3, init_lora_weights=False)))
+    return model.eval()
+
+
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "merged, asked of base_model": lambda model, _: model.base_model.merge_and_unload()(input_ids=ids_of()).logits,
+    "merged with every argument": lambda model, _: (
+        model.merge_and_unload(False, safe_merge=True, adapter_names=["b"])(input_ids=ids_of()).logits
+    ),
+    "merged in place": lambda model, _: (
+        model.merge_adapter(adapter_names=["b"], safe_merge=True),
+        model(input_ids=ids_of()).logits,
+    ),
+    "merged in place, then for good": lambda model, _: (
+        model.merge_adapter(["b"]),
+        model.merge_and_unload(safe_merge=True)(input_ids=ids_of()).logits,
+    ),
+    "merged one after the other": lambda model, _: (
+        model.merge_adapter(["b"]),
+        model.merge_adapter(),
+        model(input_ids=ids_of()).logits,
+    ),
+    "switched by base_model": lambda model, _: (
+        model.base_model.set_adapter("b"),
+        model.active_adapters,
+        sorted(trained(model)),
+        model(input_ids=ids_of()).logits,
+    ),
+    "off and on": lambda model, _: (
+        model.base_model.disable_adapter_layers(),
+        model(input_ids=ids_of()).logits,
+        model.enable_adapter_layers(),
+        model(input_ids=ids_of()).logits,
+    ),
+    "requiring gradients": lambda model, _: (
+        model.set_requires_grad("b"),
+        sorted(trained(model)),
+        model.set_requires_grad(["default", "b"], requires_grad=False),
+        sorted(trained(model)),
+    ),
+    "the active one deleted": lambda model, lib: (
+        model.add_adapter("c", lib.LoraConfig(target_modules=GPT2)),
+        model.set_adapter("c"),
+        model.delete_adapter("c"),
+        model.active_adapters,
+        model(input_ids=ids_of()).logits,
+    ),
+    "a state dict gathered elsewhere": lambda model, lib: sorted(
+        lib.get_peft_model_state_dict(model, {k: v + 1 for k, v in model.state_dict().items()}, "b").items()
+    ),
+    "layers looked up": lambda model, _: [
+        (sorted(layer.lora_A.keys()), layer.lora_A["b"].weight, "default" in layer.lora_B, "c" in layer.lora_B)
+        for layer in [block.attn.c_attn for block in model.base_model.model.transformer.h]
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_does_what_it_does_in_peft(name: str) -> None:
+    expected, found = (quietly(lambda lib=lib: CALLS[name](two(lib), lib)) for lib in (peft, ours))
+    torch.testing.assert_close(*(_plain(result) for result in (found, expected)), **CLOSE)
+
+
+def _plain(result: Any) -> Any:
+    """Return a result with what is no tensor as one of nothing but its text's bytes, so that all can be compared."""
+    if isinstance(result, torch.Tensor):
+        return result.detach()
+    if isinstance(result, tuple | list):
+        return [_plain(one) for one in result]
+    return torch.tensor(list(repr(result).encode()))
+
+
+@BOTH
+def test_a_broken_adapter_is_not_merged_safely(lib) -> None:
+    model = two(lib)
+    next(iter(trained(model).values())).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaN|not finite"):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_after_a_merge_that_was_refused_the_model_is_as_it_was() -> None:
+    model = two(ours)
+    model.set_adapter("b")
+    before = model(input_ids=ids_of()).logits
+    broken = next(p for name, p in model.named_parameters() if "default" in name)
+    broken.data.fill_(float("inf"))
+    with pytest.raises(ConfigError, match=r"c_attn\.weight that are not finite"):
+        model.merge_adapter(["default"], safe_merge=True)
+    assert torch.equal(model(input_ids=ids_of()).logits, before)
+
+
+def test_an_adapter_in_a_folder_inside_is_opened_by_subfolder(tmp_path) -> None:
+    model = two(ours)
+    model.save_pretrained(tmp_path)
+    model.set_adapter("b")
+    expected = model(input_ids=ids_of()).logits
+    opened = ours.PeftModel.from_pretrained(model_of("gpt2"), tmp_path, subfolder="b")
+    assert torch.equal(opened(input_ids=ids_of()).logits, expected)
+    beside = front_of(ours, "gpt2", "LoraConfig", target_modules=GPT2)
+    beside.load_adapter(tmp_path, "x", subfolder="b")
+    beside.set_adapter("x")
+    assert torch.equal(beside(input_ids=ids_of()).logits, expected)
+
+
+def test_a_state_dict_gathered_elsewhere_is_written_and_one_without_the_adapter_refused(tmp_path) -> None:
+    for lib, model in zip((peft, ours), pair("llama", task_type="CAUSAL_LM"), strict=True):
+        changed = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+        quietly(
+            lambda model=model, lib=lib, changed=changed: model.save_pretrained(
+                tmp_path / lib.__name__, state_dict=changed
+            )
+        )
+    assert_same_files(tmp_path / "peft", tmp_path / "onebase.peft")
+    with pytest.raises(FileFormatError, match=r"state_dict: .*lora_A\.default\.weight is missing"):
+        model.save_pretrained(tmp_path / "none", state_dict=model_of("llama").state_dict())
+    pissa = front_of(ours, "llama", "LoraConfig", init_lora_weights="pissa")
+    with pytest.raises(FileFormatError, match="holds what its tensors make"):
+        ours.get_peft_model_state_dict(pissa, pissa.state_dict())
+
+
+def test_what_neither_has_is_said_to_be_missing_in_both() -> None:
+    model = two(ours)
+    with pytest.raises(AttributeError, match=r"neither onebase\.peft's PeftModel nor GPT2LMHeadModel has 'get_prompt'"):
+        model.get_prompt(2)
+    assert not hasattr(model, "get_prompt")
+    with pytest.raises(ConfigError, match=r"no adapter \['default', 'b'\]; one at a time"):
+        model.set_adapter(["default", "b"])
