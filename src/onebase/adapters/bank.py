@@ -164,7 +164,11 @@ class Bank:
         if built.heads:
             saved = [*(settings.modules_to_save or ()), *built.heads]
             settings = settings.model_copy(update={"modules_to_save": saved})
-        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, built.warnings, built.virtual_tokens)
+        notes = (
+            (self.base.head_note,) if self.base.head_note and tensors is None else ()
+        )  # a trained one has its own head
+        warnings = (*notes, *built.warnings)
+        adapter = Adapter(name, settings, seed, built.parts, built.target_paths, warnings, built.virtual_tokens)
         native = self.base.layout_kind == "native" and not self._keys_dropout
         if adapter.drops_out and tensors is None and native:
             raise ConfigError(

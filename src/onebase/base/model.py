@@ -24,6 +24,7 @@ from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
 from onebase.base.flat import flat_attention_of, memory_attention_of
 from onebase.base.route import Route, RowSpace, Slot
+from onebase.base.stored_head import fit_stored_head_
 from onebase.config.labels import Labels
 from onebase.errors import ConfigError, ModelError
 from onebase.ops.layout import NO_PARENT, Layout
@@ -47,6 +48,7 @@ class Base:
         token_axes: which dimension of a module's input are the tokens, by path, as the same check saw it.
         task_head: what gives numbers for a whole example (classes, a value), or why there is none.
         own_heads: the modules that every adapter here brings copies of, because the task is not the base's own.
+        head_note: what became of the head in the base's files, where who trains one should know.
         slot: where the current route lies.
         input_embedding: what turns token ids into vectors, as it was before any adapter; None in a model that embeds no
             tokens, or does not say.
@@ -75,9 +77,12 @@ class Base:
         if not self.why_native:
             self._choose_layout(fresh)
         self.own_heads: tuple[str, ...] = ()
+        self.head_note = ""
 
-    def open_for_task(self) -> None:
+    def open_for_task(self, head_note: str = "") -> None:
         """Let every adapter bring the head for whole examples with it: it is trained whole.
+
+        `head_note` is what who trains it should know of the head that it begins with.
 
         Raises:
             ModelError: the model has no such head, or none that can be computed here.
@@ -87,6 +92,7 @@ class Base:
                 f"{self.name}: {self.task_head}. The tasks classify and regress need one: choose an encoder or a decoder "
                 "that transformers has a ...ForSequenceClassification for."
             )
+        self.head_note = head_note
         paths = (*self.task_head.fresh, *self.task_head.paths)
         self.own_heads = tuple(
             p for p in dict.fromkeys(paths) if not any(p != q and p.startswith(f"{q}.") for q in paths)
@@ -345,7 +351,10 @@ def load(
     model, tokenizer, fresh = pretrained.open_pretrained(
         place, dtype=chosen_dtype, device=chosen_device, labels=labels, trust_remote_code=trust_remote_code
     )
+    note = ""
+    if labels is not None:
+        fresh, note = fit_stored_head_(model, labels, place.folder, fresh)
     base = Base(model, tokenizer, name=name, folder=place.folder, fingerprint=fingerprint(place.folder), fresh=fresh)
     if labels is not None:
-        base.open_for_task()
+        base.open_for_task(note)
     return base
