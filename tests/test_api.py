@@ -90,6 +90,9 @@ def test_training_from_python_equals_onebase_train(shop, base, tmp_path):
     bank.save("a", tmp_path / "saved")
     stored = (tmp_path / "saved" / "adapter_model.safetensors").read_bytes()
     assert stored == adapter_bytes(tmp_path / "run")
+    cards = [(tmp_path / folder / "README.md").read_text() for folder in ("saved", "run/adapter")]
+    told_of = [card.partition("## Training")[2].partition("## Settings")[0] for card in cards]
+    assert told_of[0] == told_of[1] and "5 steps" in told_of[0] and "| valid |" in told_of[0]
     assert isinstance(result, ob.Result)
     for name in ("steps", "tokens", "train_loss", "valid_loss_before", "valid_loss", "best_step", "base_fingerprint"):
         assert getattr(result, name) == getattr(told, name), name
@@ -157,6 +160,8 @@ def test_an_adapter_saved_from_python_comes_back_with_the_same_losses(shop, base
     bank.save("a", tmp_path / "a")
     bank.remove("a")
     bank.load("again", tmp_path / "a")
+    card = (bank.save("again", tmp_path / "again") / "README.md").read_text()  # nobody knows of a training
+    assert card.startswith("---\nbase_model:") and "# again" in card and "## Training" not in card
     assert ob.evaluate(bank, "again", rows) == before != ob.evaluate(bank, None, rows)
 
 

@@ -40,7 +40,7 @@ from onebase.files.result import Result
 from onebase.measure.evaluate import Scores
 from onebase.measure.judge import TaskScores, score
 from onebase.train import opening, run, saving
-from onebase.train.data import load_rows
+from onebase.train.data import TrainingData, load_rows
 from onebase.train.progress import Progress, Quiet
 from onebase.train.stop import StopRequest
 
@@ -60,6 +60,7 @@ class Bank:
         self.base = base
         self.routed = RoutedBank(base)
         self._readings: dict[str, tuple[DataSettings, str]] = {}
+        self._learned: dict[str, saving.Learned] = {}
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -101,7 +102,7 @@ class Bank:
         return adapter
 
     def save(self, name: str, folder: str | Path) -> Path:
-        """Write an adapter in PEFT's format, with the tokenizer, and return its folder.
+        """Write an adapter in PEFT's format, with the tokenizer and a model card, and return its folder.
 
         Raises:
             ConfigError: no such adapter, or the place cannot be written to.
@@ -110,22 +111,20 @@ class Bank:
             raise ConfigError(f"no adapter {name!r} in the bank; it has {', '.join(self.adapters) or 'none'}.")
         path = checked_path(folder)
         settings, task = self.reading_of(name)
-
-        def fill(new: Path) -> None:
-            saving.save_tokenizer(self.base, new, settings.template)
-
-        reading = saving.reading_of(settings)
-        saving.write(path, self.base, self.adapters[name], task=task, extras={"data": reading}, fill=fill)
+        saving.save_whole(path, self.adapters[name], self.base, settings, task, self._learned.get(name))
         return path
 
     def remove(self, name: str) -> None:
         """Take an adapter off the base."""
         self.routed.remove(name)
         self._readings.pop(name, None)
+        self._learned.pop(name, None)
 
-    def remember(self, name: str, reading: DataSettings, task: str) -> None:
-        """Keep how an adapter's rows are read, so that `evaluate` and `save` treat them alike."""
+    def remember(self, name: str, reading: DataSettings, task: str, learned: saving.Learned | None = None) -> None:
+        """Keep how an adapter's rows are read, so that `evaluate` and `save` treat them alike; and what it learned."""
         self._readings[name] = reading, task
+        if learned is not None:
+            self._learned[name] = learned
 
     def reading_of(self, name: str | None) -> tuple[DataSettings, str]:
         """Return (how rows are read, task) of the adapter's job or file; the defaults where it has none."""
@@ -194,12 +193,14 @@ def _train_one(bank: Bank, name: str, job: Job, progress: Progress) -> Result:
     base = bank.base
     use_threads(job.settings.threads)
     virtual = bank.adapters[name].virtual_tokens
-    rows = load_rows(job.data, job.reading, job.task, base, virtual).examples
-    valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base, virtual).examples
+    rows = load_rows(job.data, job.reading, job.task, base, virtual)
+    valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base, virtual)
     bank.remember(name, job.reading, job.task)
-    whole = run.Job(bank.routed, bank.adapters[name], rows, valid, job.settings, job.reading.shuffle)
+    held_out = None if valid is None else valid.examples
+    whole = run.Job(bank.routed, bank.adapters[name], rows.examples, held_out, job.settings, job.reading.shuffle)
     member = run.start(whole, None, None, progress)
     run.train_member(whole, member, None, progress, StopRequest())
+    bank.remember(name, job.reading, job.task, saving.learned_by(member, TrainingData(rows, valid)))
     return run.result_of(whole, member, adapter_bytes=4 * member.adapter.parameter_count)
 
 

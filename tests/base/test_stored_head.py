@@ -34,6 +34,7 @@ def opened(folder, *names):
     """Return a base that was opened for these classes, and what it gives each of them, by name."""
     base = load(str(folder), labels=Labels("single_label_classification", names))
     base.rest()
+    assert base.labels is not None
     with torch.no_grad():
         logits = base.model(IDS).logits[0]
     return base, dict(zip(base.labels.names, logits.tolist(), strict=True))

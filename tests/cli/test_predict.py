@@ -53,7 +53,8 @@ def test_a_column_that_holds_answers_may_be_missing_too(world):
     write_rows(world / "valid.jsonl", rows[:5])
     invoke("train", "run.yaml", "--out", "run", "--set=data.columns={prompt: q, completion: a}")
     write_rows(world / "asked.jsonl", [{"q": "What is 3?"}])
-    assert len(_predict("run", "--data", "asked.jsonl")) == 1
+    (found,) = _predict("run", "--data", "asked.jsonl")
+    assert set(found) == {"q", "prediction"} and found["q"] == "What is 3?"
     assert len(_predict("run", "--data", "valid.jsonl")) == 5
 
 

@@ -1,6 +1,7 @@
 """Classes and numbers from the command line: trained, measured by slices, predicted; and what is wrong with such rows."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,34 @@ def test_the_adapter_names_its_classes_for_everybody(classified: Path) -> None:
     assert json.loads((classified / "adapter/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
 
+@pytest.mark.parametrize(
+    ("task", "columns"), [("classify", {}), ("classify", {"label": "labels"}), ("regress", {})], ids=str
+)
+def test_the_model_card_says_what_was_measured_and_its_script_answers_as_predict_does(
+    shop: Path, tmp_path: Path, task: str, columns: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert invoke("train", settings(shop, task, data={"columns": columns}), "--out", run).exit_code == 0
+    card, result = (run / "adapter/README.md").read_text(), json.loads((run / "result.json").read_text())
+    if task == "classify":
+        assert f"| accuracy | {result['valid_accuracy_before']:.2%} |".replace("%", " %") in card
+        assert f" {result['valid_macro_f1']:.4f} |" in card and "`cat`, `dog`, `owl`" in card
+    else:
+        assert f"| MSE | {result['valid_mse_before']:.4f} | {result['valid_mse']:.4f} |" in card
+    row = {"text": "owl number 7"}
+    (wanted,) = predicted(run, write_rows(tmp_path / "rows.jsonl", [row]))
+    script = card.partition("```python\n")[2].partition("```")[0].replace('"ADAPTER"', repr(str(run / "adapter")))
+    script = script.replace('"model"', repr(str(shop / "model"))).replace('"A text."', repr(row["text"]))
+    capsys.readouterr()
+    (tmp_path / "script.py").write_text(script)
+    runpy.run_path(str(tmp_path / "script.py"))
+    answer = capsys.readouterr().out.splitlines()[-1]
+    if task == "regress":
+        assert float(answer) == pytest.approx(wanted["prediction"], rel=1e-4)
+    else:
+        assert answer == str(wanted["prediction"])
+
+
 def test_a_number_is_learned_from_the_mean_of_the_targets_on(shop: Path) -> None:
     config = settings(shop, "regress")
     assert invoke("train", config, "--out", shop / "number").exit_code == 0
@@ -144,6 +173,20 @@ def test_several_classes_a_row_come_from_lists(shop: Path) -> None:
     assert done.exit_code == 0, done.stderr
     rows = predicted(shop / "several", shop / "valid.jsonl")
     assert all(isinstance(row["prediction"], list) for row in rows)
+
+
+def test_rows_come_back_under_their_own_names_and_need_no_label(shop: Path, tmp_path: Path) -> None:
+    named = {"sentence": "text", "topic": "label"}
+    rows = [{new: row[old] for new, old in named.items()} for row in rows_of(30)]
+    data = {"train": str(write_rows(tmp_path / "t.jsonl", rows)), "valid": 0.2}
+    config = settings(shop, "classify", data=data | {"columns": {"text": "sentence", "label": "topic"}})
+    assert invoke("train", config, "--out", tmp_path / "run").exit_code == 0
+    asked = [rows[0], {"sentence": "dog number 4", "text": "a note", "label": 7}]
+    found = predicted(tmp_path / "run", write_rows(tmp_path / "asked.jsonl", asked))
+    assert [{name: row[name] for name in own} for row, own in zip(found, asked, strict=True)] == asked
+    assert all(set(row) - set(own) == {"prediction", "probabilities"} for row, own in zip(found, asked, strict=True))
+    done = invoke("predict", tmp_path / "run", "--data", tmp_path / "asked.jsonl", "--column", "topic")
+    assert done.exit_code == 2 and "asked.jsonl line 1: there is a column 'topic' already" in done.stderr
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(classified: Path, shop: Path) -> None:

@@ -4,6 +4,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase.config.labels import Labels
 from onebase.files.model_card import CardFacts, DataFacts, TrainingFacts, model_card, public_name
 
 FACTS = CardFacts(
@@ -49,8 +50,8 @@ def test_the_card_says_what_was_learned_from_what_and_how_to_load_it():
     card = model_card(FACTS)
     for part in (
         "100 steps on 1,600 examples (94,000 tokens)",
-        "| validation, before | 3.8312 |",
-        "| validation, this adapter | 2.7000 |",
+        "over the whole run, a labelled token, was 2.9000",
+        "| loss | 3.8312 | 2.7000 |",
         "| train | define-train.jsonl | 8,000 | 8,000 | 160,000 |",
         "| `adapter.r` | 16 |",
         "| `adapter.target_modules` | [q_proj] |",
@@ -59,6 +60,29 @@ def test_the_card_says_what_was_learned_from_what_and_how_to_load_it():
         "onebase chat",
     ):
         assert part in card
+
+
+def test_the_card_of_a_classifier_speaks_of_rows_and_classes_and_what_was_measured_of_them():
+    scores = [("accuracy", "25.00 %", "87.50 %"), ("macro F1", "-", "0.8700")]
+    told = {"steps": 9, "examples": 72, "tokens": 720, "train_loss": 0.5, "valid_loss_before": None, "valid_loss": 0.4}
+    training = TrainingFacts(**{**vars(FACTS.training), **told, "scores": scores})
+    labels = Labels("single_label_classification", ("cat", "do|g"))
+    card = model_card(CardFacts(**{**vars(FACTS), "task": "classify", "training": training, "labels": labels}))
+    for part in (
+        "- Predicts: one of `cat`, `do\\|g`",
+        "9 steps on 72 rows (720 tokens)",
+        "over the whole run, a row, was 0.5000",
+        "| loss | - | 0.4000 |\n| accuracy | 25.00 % | 87.50 % |\n| macro F1 | - | 0.8700 |",
+        "| train | define-train.jsonl | 8,000 |\n",
+        "onebase predict ADAPTER",
+    ):
+        assert part in card
+    assert "labelled" not in card
+
+
+def test_a_card_without_a_known_training_says_nothing_of_one():
+    card = model_card(CardFacts(**{**vars(FACTS), "training": None}))
+    assert "Training" not in card and "## Data" not in card and "| `adapter.r` | 16 |" in card
 
 
 def test_the_card_of_a_combined_adapter_says_of_what_and_how_and_nothing_of_a_training():

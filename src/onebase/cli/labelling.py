@@ -18,8 +18,8 @@ _LIKELY = 0.5
 PROBABILITIES = "probabilities"
 
 
-def label_rows(opened: Opened, rows: "Sequence[Row]", column: str, out: Path | None) -> None:
-    """Write every row with the class, classes or number that the adapter gives it."""
+def label_rows(opened: Opened, rows: "Sequence[Row]", own: "Sequence[Row]", column: str, out: Path | None) -> None:
+    """Write every row as it is (`own`) with the class, classes or number that the adapter gives it."""
     from onebase.data.labelled import examples_to_label
     from onebase.files.atomic import write_file
     from onebase.measure.evaluate import EVALUATION_TOKENS
@@ -43,7 +43,7 @@ def label_rows(opened: Opened, rows: "Sequence[Row]", column: str, out: Path | N
         )
     lines = [
         json.dumps({**row.values, **_answer(labels, outputs, column)}, ensure_ascii=False, default=str)
-        for row, outputs in zip(rows, found.tolist(), strict=True)
+        for row, outputs in zip(own, found.tolist(), strict=True)
     ]
     text = "".join(f"{line}\n" for line in lines)
     if out is None:

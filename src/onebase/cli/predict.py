@@ -20,7 +20,7 @@ from onebase.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from onebase.data.rows import Row
 
-_ANSWER_ROLES = ("completion", "output")
+_ANSWER_ROLES = ("completion", "output", "label", "target")
 
 
 def predict(  # noqa: PLR0913 (a verb's options are its parameters)
@@ -44,7 +44,7 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
 ) -> None:
     """Answer every row of a file, as JSONL.
 
-    A line holds the row's own columns, and its answer under 'prediction' or the name given with --column: a text, a
+    A line holds the row's own columns under their own names, and its answer under 'prediction' or the name given with --column: a text, a
     class (with 'probabilities' of all classes), or a number.
 
     With --out, every answer is kept in OUT.partial as it comes. When all are there, they go to OUT in the order of the
@@ -53,14 +53,14 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
     if out is not None:
         _check_place(out, data)
     opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
-    rows = _rows(opened, data)
-    _check_column(rows, column, "Give them another name: --column NAME")
+    rows, own = _rows(opened, data)
+    _check_column(own, column, "Give them another name: --column NAME")
     if opened.task not in TOKEN_TASKS:
         if opened.task == "classify":
-            _check_column(rows, PROBABILITIES, "Rename that column.")
-        label_rows(opened, rows, column, out)
+            _check_column(own, PROBABILITIES, "Rename that column.")
+        label_rows(opened, rows, own, column, out)
         return
-    answers = Answers(opened, rows, column, max_new_tokens)
+    answers = Answers(opened, rows, own, column, max_new_tokens)
     with answers.kept(out), counting(f"answers by {adapter}", len(rows), "rows") as advance:
         answers.make(advance, temperature=temperature, seed=seed)
     if out is not None:
@@ -105,12 +105,14 @@ def _are_same_file(path: Path, data: str) -> bool:
     return any(file.is_file() and file.samefile(path) for file in files)
 
 
-def _rows(opened: Opened, data: str) -> Sequence["Row"]:
-    """Return the rows of the file under the run's column names; those of answers need not be there."""
+def _rows(opened: Opened, data: str) -> tuple[Sequence["Row"], Sequence["Row"]]:
+    """Return the rows of the file as the run's data.columns maps them, and as they are; answers need not be there."""
     from onebase.data.reading import read_rows
 
     columns: Mapping[str, str] = opened.data.get("columns") or {}
-    return list(read_rows(data, columns={role: name for role, name in columns.items() if role not in _ANSWER_ROLES}))
+    own = list(read_rows(data))
+    asked = {role: name for role, name in columns.items() if role not in _ANSWER_ROLES}
+    return list(read_rows(own, columns=asked)), own
 
 
 def _check_column(rows: Sequence["Row"], column: str, todo: str) -> None:
@@ -126,10 +128,12 @@ def _check_column(rows: Sequence["Row"], column: str, todo: str) -> None:
 class Answers:
     """The answers to rows while they come, and where they are kept."""
 
-    def __init__(self, opened: Opened, rows: Sequence["Row"], column: str, max_new_tokens: int) -> None:
+    def __init__(
+        self, opened: Opened, rows: Sequence["Row"], own: Sequence["Row"], column: str, max_new_tokens: int
+    ) -> None:
         from onebase.measure.generate import end_ids, room_of
 
-        self._opened, self._asking, self._rows = opened, opened.asking(), rows
+        self._opened, self._asking, self._rows = opened, opened.asking(), own
         self._column, self._most = column, max_new_tokens
         limit = opened.bank.max_length(opened.adapter)
         self._prompts = self._asking.of_rows(rows, limit)

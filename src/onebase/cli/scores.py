@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onebase.cli import terminal
+from onebase.measure.naming import METRICS, shown
 
 if TYPE_CHECKING:
     from onebase.measure.evaluate import Scores
@@ -12,17 +13,6 @@ if TYPE_CHECKING:
 
     Judged = Scores | TaskScores
 
-_NAMES = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "auroc": "AUROC",
-    "ece": "ECE",
-    "brier": "Brier",
-    "mse": "MSE",
-    "mae": "MAE",
-    "r2": "R2",
-}
-_SHARES = ("accuracy",)
 TOKEN_TASKS = ("chat", "text")
 """The tasks that learn tokens, not labels of whole examples."""
 
@@ -30,14 +20,14 @@ TOKEN_TASKS = ("chat", "text")
 def named(scores: "Judged") -> list[tuple[str, str]]:
     """Return each score's name and its value as text, the loss first."""
     values = scores.as_dict()
-    shown = [("loss", terminal.loss(scores.loss))]
+    loss = ("loss", terminal.loss(scores.loss))
     if "perplexity" in values:
         return [
-            *shown,
+            loss,
             ("perplexity", terminal.perplexity(scores.loss)),
             ("token accuracy", f"{100 * values['token_accuracy']:.2f} %"),
         ]
-    return [*shown, *((name, number(key, values[key])) for key, name in _NAMES.items() if key in values)]
+    return [loss, *((name, shown(key, values[key])) for key, name in METRICS.items() if key in values)]
 
 
 def brief(scores: "Judged") -> str:
@@ -45,23 +35,18 @@ def brief(scores: "Judged") -> str:
     return "  ".join(f"{name} {text}" for name, text in named(scores)[:3])
 
 
-def number(metric: str, value: float) -> str:
-    """Return a metric's value as text."""
-    return f"{100 * value:.2f} %" if metric in _SHARES else f"{value:.4f}"
-
-
 def estimate_rows(estimates: "Mapping[str, Estimate]") -> list[tuple[str, str, str]]:
     """Return each metric's name, value and interval."""
     return [
-        (name, number(key, found.value), _interval(key, found))
-        for key, name in _NAMES.items()
+        (name, shown(key, found.value), _interval(key, found))
+        for key, name in METRICS.items()
         if (found := estimates.get(key)) is not None
     ]
 
 
 def slice_table(slices: "Sequence[SliceScores]") -> Any:
     """Return a table of slices with n, the metrics and their intervals: a line a slice, or a metric where that is too wide."""
-    keys = [key for key in _NAMES if any(key in one.scores for one in slices)]
+    keys = [key for key in METRICS if any(key in one.scores for one in slices)]
     wide = [
         (
             _slice(one),
@@ -70,7 +55,7 @@ def slice_table(slices: "Sequence[SliceScores]") -> Any:
         )
         for one in slices
     ]
-    head = ("slice", "n", *(_NAMES[key] for key in keys))
+    head = ("slice", "n", *(METRICS[key] for key in keys))
     if terminal.fits(head, wide):
         return terminal.table(head, wide)
     long = [
@@ -86,8 +71,8 @@ def _slice(one: "SliceScores") -> str:
 
 
 def _interval(metric: str, found: "Estimate") -> str:
-    return f"{number(metric, found.low)} to {number(metric, found.high)}"
+    return f"{shown(metric, found.low)} to {shown(metric, found.high)}"
 
 
 def _with_interval(metric: str, found: "Estimate") -> str:
-    return f"{number(metric, found.value)} ({_interval(metric, found)})"
+    return f"{shown(metric, found.value)} ({_interval(metric, found)})"

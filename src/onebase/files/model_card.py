@@ -12,9 +12,12 @@ from typing import Any
 import yaml
 
 from onebase.base.packages import PACKAGES
+from onebase.config.labels import Labels
 
 CARD_NAME = "README.md"
 _OURS_ALONE = ("bitfit", "bottleneck", "full")  # methods that PEFT has no format for
+_WHERE = "  # a name on the hub, or its folder"
+_SHOWN_CLASSES = 20
 _PIPELINES = {  # onebase's task: the hub's pipeline
     "chat": "text-generation",
     "text": "text-generation",
@@ -36,7 +39,7 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """What a training took and reached."""
+    """What a training came to. `scores` are names and values, before it and of this adapter, beside the losses."""
 
     data: Sequence[DataFacts] = ()
     steps: int
@@ -45,13 +48,15 @@ class TrainingFacts:
     train_loss: float
     valid_loss_before: float | None = None
     valid_loss: float | None = None
+    scores: Sequence[tuple[str, str, str]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
     """What a card says. `settings` are the dotted names and values worth showing, in order.
 
-    An adapter was trained, or it is `combined_from` others, each with its weight.
+    An adapter was trained (`training` is None where nobody knows of it), or it is `combined_from` others, each with its
+    weight. `labels` are what its own head predicts; None without one.
     """
 
     name: str
@@ -62,6 +67,7 @@ class CardFacts:
     title: str = "LoRA"
     task: str = "chat"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    labels: Labels | None = None
     training: TrainingFacts | None = None
     combined_from: Sequence[tuple[str, float]] = ()
     trainable_parameters: int
@@ -73,8 +79,9 @@ def model_card(facts: CardFacts) -> str:
     """Return the text of README.md."""
     parts = [_front_matter(facts), f"# {facts.name}", _opening(facts)]
     if facts.training is not None:
-        parts += [_training(facts.training, facts.task)]
-        parts += [_data_table(facts.training.data)] if facts.training.data else []
+        whole = facts.labels is not None
+        parts += [_training(facts.training, whole=whole)]
+        parts += [_data_table(facts.training.data, whole=whole)] if facts.training.data else []
     parts += [_sources_table(facts.combined_from)] if facts.combined_from else []
     parts += [_settings_table(facts.settings)] if facts.settings else []
     parts += [_how_to_load(facts)]
@@ -108,33 +115,48 @@ def _opening(facts: CardFacts) -> str:
         "",
         f"- {what}: {facts.trainable_parameters:,} of {facts.total_parameters:,} ({share:.2%})",
     ]
+    lines += [f"- Predicts: {_predicted(facts.labels)}"] if facts.labels else []
     lines += [f"- Revision of the base: `{facts.base_revision}`"] if facts.base_revision else []
     lines += [f"- Fingerprint of the base's weights: `{facts.base_fingerprint}`"] if facts.base_fingerprint else []
     return "\n".join(lines)
 
 
-def _training(facts: TrainingFacts, task: str) -> str:
+def _predicted(labels: Labels) -> str:
+    """Return what a head predicts, in words."""
+    if not labels.names:
+        return "a number"
+    names = ", ".join(f"`{_cell(name)}`" for name in labels.names[:_SHOWN_CLASSES])
+    left = len(labels.names) - _SHOWN_CLASSES
+    some = f"{names} and {left} more (`config.json` names them)" if left > 0 else names
+    return f"{'any of' if labels.problem == 'multi_label_classification' else 'one of'} {some}"
+
+
+def _training(training: TrainingFacts, *, whole: bool) -> str:
+    """Return what a training came to; `whole`: its examples are rows with one label each, not labelled tokens."""
+    scores = [("loss", _loss(training.valid_loss_before), _loss(training.valid_loss)), *training.scores]
     lines = [
         "## Training",
         "",
-        f"{facts.steps:,} steps on {facts.examples:,} examples ({facts.tokens:,} tokens).",
-        "",
-        f"| loss, mean over {'examples' if task in ('classify', 'regress') else 'labelled tokens'} | |",
-        "|---|---|",
-        f"| training, whole run | {facts.train_loss:.4f} |",
+        f"{training.steps:,} steps on {training.examples:,} {'rows' if whole else 'examples'} ({training.tokens:,} tokens). "
+        f"The mean loss over the whole run, {'a row' if whole else 'a labelled token'}, was {training.train_loss:.4f}.",
     ]
-    if facts.valid_loss_before is not None:
-        lines.append(f"| validation, before | {facts.valid_loss_before:.4f} |")
-    if facts.valid_loss is not None:
-        lines.append(f"| validation, this adapter | {facts.valid_loss:.4f} |")
+    if training.valid_loss is not None or training.valid_loss_before is not None:
+        lines += ["", "| on the validation rows | before | this adapter |", "|---|---|---|"]
+        lines += [f"| {name} | {before} | {after} |" for name, before, after in scores]
     return "\n".join(lines)
 
 
-def _data_table(data: Sequence[DataFacts]) -> str:
-    lines = ["## Data", "", "| | file | rows | examples | labelled tokens |", "|---|---|---|---|---|"]
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _data_table(data: Sequence[DataFacts], *, whole: bool) -> str:
+    head = ["", "file", "rows", *([] if whole else ["examples", "labelled tokens"])]
+    lines = ["## Data", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for one in data:
         name = _cell(one.file if one.file.startswith("hub:") else PurePath(one.file).name)
-        lines.append(f"| {one.role} | {name} | {one.rows:,} | {one.examples:,} | {one.labelled_tokens:,} |")
+        counts = [one.rows, one.examples, one.labelled_tokens][: len(head) - 2]
+        lines.append(f"| {one.role} | {name} | {' | '.join(f'{count:,}' for count in counts)} |")
     return "\n".join(lines)
 
 
@@ -169,33 +191,8 @@ def _cell(text: str) -> str:
 
 
 def _how_to_load(facts: CardFacts) -> str:
-    base = public_name(facts.base)
-    opening = f'from_pretrained("{base}")  # a name on the hub, or its folder'
-    if facts.base in PACKAGES:  # a name of onebase's own, which transformers does not know
-        opening = f'from_pretrained(onebase.model_path("{base}"))'
-    labelled = facts.task in ("classify", "regress")
-    kind = "AutoModelForSequenceClassification" if labelled else "AutoModelForCausalLM"
-    if labelled:  # the folder's config.json names the classes
-        opening = (
-            opening.replace('")', '", config=config)', 1)
-            if opening.startswith('from_pretrained("')
-            else (f'from_pretrained(onebase.model_path("{base}"), config=config)')
-        )
-    with_peft = [
-        "",
-        "With peft:",
-        "",
-        "```python",
-        *(["import onebase"] if facts.base in PACKAGES else []),
-        "from peft import PeftModel",
-        f"from transformers import {'AutoConfig, ' if labelled else ''}{kind}, AutoTokenizer",
-        "",
-        *(['config = AutoConfig.from_pretrained("ADAPTER")  # the names of the classes'] if labelled else []),
-        f"base = {kind}.{opening}",
-        'model = PeftModel.from_pretrained(base, "ADAPTER")',
-        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
-        "```",
-    ]
+    asked = "onebase chat ADAPTER" if facts.labels is None else "onebase predict ADAPTER --data FILE"
+    with_peft = ["", "With peft:", "", "```python", *_peft_script(facts), "```"]
     return "\n".join(
         [
             "## Use",
@@ -203,8 +200,47 @@ def _how_to_load(facts: CardFacts) -> str:
             "With onebase, in the terminal; `ADAPTER` is this folder:",
             "",
             "```",
-            "onebase predict ADAPTER --data FILE" if labelled else "onebase chat ADAPTER",
+            asked,
             "```",
             *(["", "Other tools do not know this method."] if facts.method in _OURS_ALONE else with_peft),
         ]
     )
+
+
+def _peft_script(facts: CardFacts) -> list[str]:
+    """Return the lines that open the adapter with peft; for whole examples, up to the answer."""
+    packaged, base = facts.base in PACKAGES, public_name(facts.base)
+    name = f'onebase.model_path("{base}")' if packaged else f'"{base}"'
+    opening = [*(["import onebase"] if packaged else []), "from peft import PeftModel"]
+    closing = [
+        'model = PeftModel.from_pretrained(base, "ADAPTER")',
+        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
+    ]
+    if facts.labels is None:
+        return [
+            *opening,
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({name}){'' if packaged else _WHERE}",
+            *closing,
+        ]
+    answers = {
+        "single_label_classification": "print(config.id2label[logits.argmax().item()])",
+        "multi_label_classification": "print([config.id2label[n] for n, p in enumerate(logits.sigmoid()) if p > 0.5])",
+        "regression": "print(logits.item())",
+    }
+    return [
+        *opening,
+        "from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        'config = AutoConfig.from_pretrained("ADAPTER")  # what is predicted, by name',
+        "base = AutoModelForSequenceClassification.from_pretrained(",
+        f"    {name},{'' if packaged else _WHERE}",
+        "    config=config,",
+        "    ignore_mismatched_sizes=True,  # the adapter brings the head",
+        ")",
+        *closing,
+        'inputs = tokenizer("A text.", return_tensors="pt")',
+        "logits = model.eval()(**inputs).logits[0]",
+        answers[facts.labels.problem],
+    ]

@@ -193,6 +193,7 @@ def _facts(
         base_fingerprint=base.fingerprint,
         task=task,
         settings=recipe.said,
+        labels=base.labels if base.own_heads else None,
         combined_from=sources,
         trainable_parameters=adapter.parameter_count,
         total_parameters=base.parameter_count + adapter.parameter_count,

@@ -5,6 +5,7 @@ The loop reads clocks, writes files and talks to whoever watches; none of it cha
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +52,8 @@ class Loop:
         books = self.member.books
         if books.step == 0 and books.valid_loss_before is None:
             scores = self._evaluate()
-            books.valid_loss_before = None if scores is None else scores.loss
+            if scores is not None:
+                books.valid_loss_before, books.scores_before = scores.loss, _beside_loss(scores)
         while not self._is_over():
             if stop.signal_number is not None:
                 self._stop(stop.signal_number)
@@ -74,7 +76,7 @@ class Loop:
             scores = self._evaluate()
             assert scores is not None
             values |= {f"valid_{name}": value for name, value in scores.as_dict().items() if name not in _COUNTS}
-            member.note_validation(scores.loss)
+            member.note_validation(scores.loss, _beside_loss(scores))
         if self.folder is not None:
             self.folder.append_metrics(record.step, values)
         self.progress.stepped(record)
@@ -148,6 +150,12 @@ class Loop:
             return ""
         self.save()
         return f" The {self.member.books.step} steps before it are kept in {self.folder.checkpoints[-1]}."
+
+
+def _beside_loss(scores: Scores | TaskScores) -> dict[str, float]:
+    """Return the scores beside the loss that are finite numbers."""
+    named = scores.as_dict().items()
+    return {name: value for name, value in named if name not in ("loss", *_COUNTS) and math.isfinite(value)}
 
 
 def restore_best_(member: Member) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class Books:
     valid_loss_before: float | None = None
     last_valid_loss: float | None = None
     best_loss: float | None = None
+    scores_before: dict[str, float] = field(default_factory=dict)
+    """What the task measures beside the loss, where it is a finite number; so with the others."""
+    last_scores: dict[str, float] = field(default_factory=dict)
+    best_scores: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     evaluations_without_gain: int = 0
 
@@ -145,12 +149,13 @@ class Member:
         books.loss_sum += loss_sum
         books.seconds += record.seconds
 
-    def note_validation(self, loss: float) -> None:
-        """Enter a validation loss; keep the tensors if it is the lowest so far and they are to be kept."""
+    def note_validation(self, loss: float, scores: Mapping[str, float]) -> None:
+        """Enter a validation's loss and other scores; keep the tensors if the loss is the lowest so far and they are to be."""
         books = self.books
-        books.last_valid_loss = loss
+        books.last_valid_loss, books.last_scores = loss, dict(scores)
         if books.best_loss is None or loss < books.best_loss:
             books.best_loss, books.best_step, books.evaluations_without_gain = loss, books.step, 0
+            books.best_scores = dict(scores)
             if self.settings.keep_best:
                 self.best = {name: tensor.clone() for name, tensor in self.adapter.state.items()}
         else:
@@ -163,6 +168,13 @@ class Member:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{name}/{key}"] = value
         return state
+
+    @property
+    def kept_scores(self) -> tuple[float | None, Mapping[str, float]]:
+        """The validation loss and the other scores of the tensors that the run keeps: the best ones, or the last."""
+        books = self.books
+        best = self.best is not None
+        return (books.best_loss, books.best_scores) if best else (books.last_valid_loss, books.last_scores)
 
     @property
     def optimizer_bytes(self) -> int:

@@ -298,7 +298,9 @@ def identity_of(job: Job) -> dict[str, Any]:
 def result_of(job: Job, member: Member, *, adapter_bytes: int) -> Result:
     """Return the numbers of a finished member."""
     books = member.books
-    kept_best = member.best is not None
+    valid_loss, scores = member.kept_scores
+    measured = {f"valid_{name}_before": value for name, value in books.scores_before.items()}
+    measured |= {f"valid_{name}": value for name, value in scores.items()}
     return Result(
         steps=books.step,
         examples=books.examples,
@@ -312,12 +314,13 @@ def result_of(job: Job, member: Member, *, adapter_bytes: int) -> Result:
         optimizer_state_bytes=member.optimizer_bytes,
         train_loss=books.loss_sum / books.labels,
         valid_loss_before=books.valid_loss_before,
-        valid_loss=books.best_loss if kept_best else books.last_valid_loss,
-        best_step=books.best_step if kept_best else None,
+        valid_loss=valid_loss,
+        best_step=None if member.best is None else books.best_step,
         trainable_parameters=job.adapter.parameter_count,
         total_parameters=job.bank.base.parameter_count + job.adapter.parameter_count,
         adapter_bytes=adapter_bytes,
         base_fingerprint=job.bank.base.fingerprint,
+        more=measured,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from onebase.adapters.lora import settings_in_file
 from onebase.adapters.matching import matches
 from onebase.base import pretrained
 from onebase.base.model import Base
-from onebase.config.methods import Lora
-from onebase.config.settings import INSTEAD_OF, DataSettings, Settings
+from onebase.config.methods import AdapterSettings, Lora
+from onebase.config.settings import INSTEAD_OF, DataSettings, Settings, TrainSettings
 from onebase.data.building import read_template
 from onebase.files.atomic import write_synced
 from onebase.files.method_format import Placement
@@ -25,7 +25,9 @@ from onebase.files.model_card import CARD_NAME, CardFacts, DataFacts, TrainingFa
 from onebase.files.peft_config import targets_of
 from onebase.files.peft_format import TENSORS_NAME, write_adapter
 from onebase.files.record import AdapterRecord
+from onebase.files.run_folder import ADAPTER_NAME
 from onebase.files.target_names import name_endings, name_feedforward, name_targets
+from onebase.measure.naming import METRICS, shown
 from onebase.train.data import Prepared, TrainingData
 from onebase.train.member import Member
 
@@ -38,17 +40,64 @@ _TASKS_WITH_HEADS = {
 """How transformers calls a model with a head for a task: PEFT's task_type, and the modules that PEFT then trains whole."""
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a card says of the training of an adapter: by which settings, and what it came to."""
+
+    facts: TrainingFacts
+    settings: TrainSettings
+
+
+def learned_by(member: Member, data: TrainingData) -> Learned:
+    """Return what a card says of the training of a finished member."""
+    books, (valid_loss, scores) = member.books, member.kept_scores
+    parts = {"train": data.train, "valid": data.valid}
+    facts = TrainingFacts(
+        data=[_data_facts(role, part) for role, part in parts.items() if part is not None],
+        steps=books.step,
+        examples=books.examples,
+        tokens=books.tokens,
+        train_loss=books.loss_sum / books.labels,
+        valid_loss_before=books.valid_loss_before,
+        valid_loss=valid_loss,
+        scores=[
+            (name, _shown(key, books.scores_before), _shown(key, scores))
+            for key, name in METRICS.items()
+            if key in books.scores_before or key in scores
+        ],
+    )
+    return Learned(facts, member.settings)
+
+
+def _shown(key: str, values: Mapping[str, float]) -> str:
+    return shown(key, values[key]) if key in values else "-"
+
+
 def save_run_adapter(folder: Path, member: Member, settings: Settings, data: TrainingData) -> int:
     """Write a run's adapter with all that belongs to it and return the bytes of its tensor file."""
-    base, adapter = member.bank.base, member.adapter
-    card = model_card(_facts(folder, base, member, settings, data))
+    learned = learned_by(member, data)
+    return save_whole(
+        folder, member.adapter, member.bank.base, settings.data, settings.task, learned, settings.revision
+    )
+
+
+def save_whole(
+    folder: Path,
+    adapter: Adapter,
+    base: Base,
+    reading: DataSettings,
+    task: str,
+    learned: Learned | None,
+    revision: str | None = None,
+) -> int:
+    """Write an adapter with its tokenizer and a model card and return the bytes of its tensor file."""
+    card = model_card(_facts(folder, adapter, base, task, learned, revision))
 
     def fill(new: Path) -> None:
-        save_tokenizer(base, new, settings.data.template)
+        save_tokenizer(base, new, reading.template)
         write_synced(new / CARD_NAME, card)
 
-    extras = {"data": reading_of(settings.data)}
-    return write(folder, base, adapter, task=settings.task, revision=settings.revision, extras=extras, fill=fill)
+    return write(folder, base, adapter, task=task, revision=revision, extras={"data": reading_of(reading)}, fill=fill)
 
 
 def write(
@@ -164,43 +213,39 @@ def own_template(base: Base, folder: Path) -> Path | None:
     return path
 
 
-def _facts(folder: Path, base: Base, member: Member, settings: Settings, data: TrainingData) -> CardFacts:
-    books = member.books
+def _facts(
+    folder: Path, adapter: Adapter, base: Base, task: str, learned: Learned | None, revision: str | None
+) -> CardFacts:
+    path = folder.absolute()
     return CardFacts(
-        name=folder.absolute().parent.name,
+        name=path.parent.name if path.name == ADAPTER_NAME else path.name,
         base=base.name,
-        base_revision=settings.revision,
+        base_revision=revision,
         base_fingerprint=base.fingerprint,
-        method=settings.adapter.method,
-        title=settings.adapter.title,
-        task=settings.task,
-        settings=_worth_showing(settings),
-        training=TrainingFacts(
-            data=[*_data_facts("train", data.train), *([] if data.valid is None else _data_facts("valid", data.valid))],
-            steps=books.step,
-            examples=books.examples,
-            tokens=books.tokens,
-            train_loss=books.loss_sum / books.labels,
-            valid_loss_before=books.valid_loss_before,
-            valid_loss=books.best_loss if member.best is not None else books.last_valid_loss,
-        ),
-        trainable_parameters=member.adapter.parameter_count,
-        total_parameters=base.parameter_count + member.adapter.parameter_count,
+        method=adapter.settings.method,
+        title=adapter.settings.title,
+        task=task,
+        settings=_worth_showing(adapter.settings, None if learned is None else learned.settings),
+        labels=base.labels if base.own_heads else None,
+        training=None if learned is None else learned.facts,
+        trainable_parameters=adapter.parameter_count,
+        total_parameters=base.parameter_count + adapter.parameter_count,
         onebase_version=onebase.__version__,
     )
 
 
-def _data_facts(role: str, part: Prepared) -> list[DataFacts]:
+def _data_facts(role: str, part: Prepared) -> DataFacts:
     report = part.report
-    return [DataFacts(role, ", ".join(part.files), report.rows, report.examples, report.labelled_tokens)]
+    return DataFacts(role, ", ".join(part.files), report.rows, report.examples, report.labelled_tokens)
 
 
-def _worth_showing(settings: Settings) -> Mapping[str, Any]:
+def _worth_showing(adapter: AdapterSettings, train: TrainSettings | None) -> Mapping[str, Any]:
     """Return the adapter's and the training's settings that were given, and the learning rate; no paths."""
-    shown: dict[str, Any] = {}
-    replaced = {other for name, other in INSTEAD_OF.items() if getattr(settings.train, name) is not None}
-    for section, values in (("adapter", settings.adapter), ("train", settings.train)):
-        for name, value in values.model_dump(exclude_none=True, exclude=replaced).items():
+    shown_settings: dict[str, Any] = {}
+    replaced = {other for name, other in INSTEAD_OF.items() if train is not None and getattr(train, name) is not None}
+    for section, values in (("adapter", adapter), ("train", train)):
+        given = {} if values is None else values.model_dump(exclude_none=True, exclude=replaced)
+        for name, value in given.items():
             if not isinstance(value, Path) and value not in ({}, []):
-                shown[f"{section}.{name}"] = value
-    return shown
+                shown_settings[f"{section}.{name}"] = value
+    return shown_settings
