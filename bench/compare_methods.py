@@ -22,12 +22,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from chart import Axis, Chart
+import matplotlib as mpl
+from figures import save
 from fresh_run import RefusedError, add_data_options, settings_of, train_in_fresh_process
+from matplotlib.figure import Figure
 from methods import METHODS, default_rate
 from record import ROOT, Record, file_facts
 
 _KEPT = ("valid_loss_before", "valid_loss", "train_loss", "trainable_parameters", "adapter_bytes")
+_COLOURS, _MARKERS = mpl.colormaps["tab10"], "os^"
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def main() -> None:
         raise SystemExit("nothing was measured yet")
     summary = summarise(trials, times)
     if summary["by_method"]:
-        args.out.with_suffix(".svg").write_text(plot(summary), encoding="utf-8")
+        save(plot(summary), args.out.with_suffix(".svg"))
     print(table(summary))
 
 
@@ -140,30 +143,26 @@ def _size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def plot(summary: Mapping[str, Any]) -> str:
-    """Return three panels as SVG: loss over trained numbers (logarithmic), and for each method its time and file."""
-    lines = summary["by_method"]
-    chart = Chart(900, 450 + 22 * len(lines), "Every method at its default on define-train")
-    losses = [line["valid_loss"] for line in lines]
-    x = Axis.of([line["trainable_parameters"] for line in lines], 90, 640, log=True)
-    y = Axis.of([loss[end] for loss in losses for end in ("lowest", "highest")], 340, 60)
-    chart.scatter_axes(x, y, "trained numbers", "loss on define-valid (median, lowest to highest)")
-    for line, loss in zip(lines, losses, strict=True):
-        at = x(line["trainable_parameters"])
-        chart.whisker(at, y(loss["lowest"]), y(loss["highest"]))
-        chart.dot(at, y(loss["median"]), line["method"])
-    top = 440
-    time = Axis.of([0, *(line["wall_seconds"]["highest"] for line in lines)], 200, 500)
-    size = Axis.of([line["file_bytes"] for line in lines], 580, 840, log=True)
-    chart.text(350, top - 8, "seconds a step")
-    chart.text(710, top - 8, "adapter file")
-    for number, line in enumerate(lines):
-        row = top + 14 + 22 * number
-        chart.text(190, row + 4, line["method"], anchor="end")
-        chart.bar(time(0), time(line["wall_seconds"]["median"]), row, f"{line['wall_seconds']['median']:.2f}")
-        chart.span(time(line["wall_seconds"]["lowest"]), time(line["wall_seconds"]["highest"]), row)
-        chart.bar(570, size(line["file_bytes"]), row, _size(line["file_bytes"]))
-    return chart.svg()
+def plot(summary: Mapping[str, Any]) -> Figure:
+    """Return the loss over trained numbers, time of a step and size of the file, in three panels of one height."""
+    figure = Figure((11, 5.5), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    figure.suptitle("Every method at its default on define-train: median over seeds, lowest to highest")
+    for number, line in enumerate(summary["by_method"]):
+        loss = line["valid_loss"]
+        spread = [[loss["median"] - loss["lowest"]], [loss["highest"] - loss["median"]]]
+        look = {"color": _COLOURS(number % 10), "marker": _MARKERS[number // 10], "capsize": 2}
+        across = (line["trainable_parameters"], line["wall_seconds"]["median"], line["file_bytes"] / 1e6)
+        for panel, value in zip(panels, across, strict=True):
+            panel.errorbar(value, loss["median"], yerr=spread, label=line["method"], linestyle="none", **look)
+    for panel, name in zip(panels, ("trained numbers", "seconds a step (16 rows)", "adapter file, MB"), strict=True):
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.3)
+    panels[0].set_xscale("log")
+    panels[2].set_xscale("log")
+    panels[0].set_ylabel("loss on define-valid")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    return figure
 
 
 def _earlier_trials(path: Path, same: Mapping[str, Any]) -> list[dict[str, Any]]:

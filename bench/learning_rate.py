@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import save
 from fresh_run import add_data_options, settings_of, train_in_fresh_process
+from matplotlib.figure import Figure
 from methods import METHODS, default_rate
 from record import Record, file_facts
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 3e-3)
 AROUND = (0.1, 0.3, 1, 3, 10)  # times the default, for the other methods
-_WIDTH, _HEIGHT, _EDGE = 520, 320, 60
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
                 print(f"{rate:g} seed {seed}: {trials[-1]['valid_loss']:.4f}", flush=True)
     if not trials:
         raise SystemExit("nothing was measured yet")
-    args.out.with_suffix(".svg").write_text(plot(summarise(trials)["by_rate"]), encoding="utf-8")
+    save(plot(summarise(trials)["by_rate"]), args.out.with_suffix(".svg"))
     for line in summarise(trials)["by_rate"]:
         print(f"{line['learning_rate']:>8g}  mean {line['mean']:.4f}  {line['valid_losses']}")
 
@@ -88,47 +88,19 @@ def _earlier_trials(path: Path, same: Mapping[str, Any]) -> list[dict[str, Any]]
     return list(earlier["trials"])
 
 
-def plot(by_rate: Sequence[Mapping[str, Any]]) -> str:
-    """Return the mean loss over the learning rate (logarithmic) as SVG, every run a dot."""
-    rates = [math.log10(line["learning_rate"]) for line in by_rate]
-    losses = [loss for line in by_rate for loss in line["valid_losses"]]
-    low, high = min(losses), max(losses)
-    span, rate_span = (high - low) or 1.0, (max(rates) - min(rates)) or 1.0
-
-    def x(rate: float) -> float:
-        return round(_EDGE + (math.log10(rate) - min(rates)) / rate_span * (_WIDTH - 2 * _EDGE), 1)
-
-    def y(loss: float) -> float:
-        return round(_HEIGHT - _EDGE - (loss - low) / span * (_HEIGHT - 2 * _EDGE), 1)
-
-    points = " ".join(f"{x(line['learning_rate'])},{y(line['mean'])}" for line in by_rate)
-    dots = [
-        f'<circle cx="{x(line["learning_rate"])}" cy="{y(loss)}" r="3.5" fill="#1f6feb"/>'
-        for line in by_rate
-        for loss in line["valid_losses"]
-    ]
-    labels = [
-        f'<text x="{x(line["learning_rate"])}" y="{_HEIGHT - _EDGE + 22}" text-anchor="middle">'
-        f"{line['learning_rate']:g}</text>"
-        for line in by_rate
-    ]
-    scale = [
-        f'<text x="{_EDGE - 10}" y="{y(loss) + 4}" text-anchor="end">{loss:.3f}</text>' for loss in sorted({low, high})
-    ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-            'font-size="12">',
-            f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-            f'<text x="{_WIDTH / 2}" y="28" text-anchor="middle" font-size="14">Loss on define-valid</text>',
-            f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>',
-            *dots,
-            *labels,
-            *scale,
-            f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 12}" text-anchor="middle">learning rate</text>',
-            "</svg>\n",
-        ]
-    )
+def plot(by_rate: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the mean loss over the learning rate, every run a dot."""
+    figure = Figure((5.2, 3.2), layout="constrained")
+    panel = figure.subplots()
+    rates = [line["learning_rate"] for line in by_rate]
+    panel.plot(rates, [line["mean"] for line in by_rate])
+    for line in by_rate:
+        panel.plot([line["learning_rate"]] * len(line["valid_losses"]), line["valid_losses"], "o", color="C0")
+    panel.set(xscale="log", xlabel="learning rate", ylabel="loss on define-valid")
+    panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    return figure
 
 
 def _parser() -> argparse.ArgumentParser:

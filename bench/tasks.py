@@ -6,7 +6,8 @@
 then `onebase eval` on the test rows, by slices of frequency. --category and --depth are what the files -train.jsonl,
 -valid.jsonl and -test.jsonl begin with. Each way has the learning rate that did best on the validation rows of seed 0 among
 --rates times its own (a sweep that is in the record too). The record is written after each run, and a run that is in it
-already is skipped: interrupt it and start it again. About 3 minutes a run on 2 cores.
+already is skipped: interrupt it and start it again. --jobs of them at a time (with OMP_NUM_THREADS=1, as many as there are
+cores); then `seconds` are of a run beside others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +53,24 @@ def main() -> None:
     runs: list[dict[str, Any]] = _earlier(args.out, same)
     record = Record(args.out, str(__doc__).partition("\n")[0], same=same)
 
-    def done(task: str, way: str, seed: int, rate: float) -> dict[str, Any]:
+    def done(wanted: tuple[str, str, int, float]) -> None:
+        task, way, seed, rate = wanted
         facts = {"task": task, "way": way, "seed": seed, "learning_rate": rate}
-        found = next((run for run in runs if facts.items() <= run.items()), None)
-        if found is None:
-            found = {**facts, **_run(args, files[task], task, way, seed, rate)}
-            runs.append(found)
-            record.write(summarise(runs))
-            print(
-                f"{task} {way} seed {seed} at {rate:g}: valid loss {found['valid_loss']:.4f}",
-                file=sys.stderr,
-                flush=True,
-            )
-        return found
+        if any(facts.items() <= run.items() for run in runs):
+            return
+        runs.append({**facts, **_run(args, files[task], task, way, seed, rate)})
+        record.write(summarise(runs))
+        print(
+            f"{task} {way} seed {seed} at {rate:g}: valid loss {runs[-1]['valid_loss']:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    for task in files:
-        for way, (_, own) in WAYS.items():
-            sweep = [done(task, way, args.seeds[0], own * factor) for factor in args.rates]
-            best = min(sweep, key=lambda run: float(run["valid_loss"]))["learning_rate"]
-            for seed in args.seeds[1:]:
-                done(task, way, seed, best)
+    first, *others = args.seeds
+    pairs = list(product(files, WAYS))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(done, [(t, w, first, WAYS[w][1] * factor) for t, w in pairs for factor in args.rates]))
+        list(pool.map(done, [(t, w, seed, best_rate(runs, t, w, first)) for t, w in pairs for seed in others]))
     record.write(summarise(runs))
     print(table(summarise(runs)))
 
@@ -107,8 +108,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if not own:
                 continue
             first = min(run["seed"] for run in own)
-            swept = [run for run in own if run["seed"] == first]
-            rate = min(swept, key=lambda run: float(run["valid_loss"]))["learning_rate"]
+            rate = best_rate(own, task, way, first)
             chosen = [run for run in own if run["learning_rate"] == rate]
             rare = [slice_of(run, "unseen") for run in chosen]
             lines.append(
@@ -132,6 +132,12 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "holds": None if share is None else share >= BOUND,
         "runs": list(runs),
     }
+
+
+def best_rate(runs: Sequence[Mapping[str, Any]], task: str, way: str, seed: int) -> float:
+    """Return the learning rate of a seed's runs that did best on the validation rows."""
+    swept = [run for run in runs if (run["task"], run["way"], run["seed"]) == (task, way, seed)]
+    return float(min(swept, key=lambda run: float(run["valid_loss"]))["learning_rate"])
 
 
 def slice_of(run: Mapping[str, Any], value: str) -> dict[str, Any]:
@@ -184,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[0.3, 1, 3], help="times each way's own rate, on the first seed"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     return parser
 

@@ -10,6 +10,7 @@ import transformers
 
 from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
+from onebase.adapters.prefix import PrefixPart
 from onebase.adapters.prompt import NAME
 from onebase.base.flat import NotFlatError
 from onebase.config.methods import Ia3, Lora, PrefixTuning, PromptTuning
@@ -353,3 +354,12 @@ def test_learned_keys_beside_a_copied_block_are_refused_and_never_dropped():
     route = bank.batch_route(["one", "block"], virtual_starts=(0, 0))
     with bank.base.native(route) as model, pytest.raises(ConfigError, match="one adapter at a time"):
         model(input_ids=ids)
+
+
+def test_a_new_prefix_has_values_of_zero_and_keys_that_are_not():
+    bank = Bank(tiny.base_of("llama"))
+    (part,) = bank.add("one", PrefixTuning(num_virtual_tokens=3), seed=1).parts
+    assert isinstance(part, PrefixPart)
+    layers = part.embedding.view(3, part.shape.layers, 2, -1)
+    assert layers[:, :, 1].abs().max() == 0
+    assert layers[:, :, 0].abs().min() > 0 and 0.5 < layers[:, :, 0].std() < 1.5

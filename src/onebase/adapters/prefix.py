@@ -2,7 +2,9 @@
 
 Trained: num_virtual_tokens * layers * 2 * kv_heads * head_dim numbers. With prefix_projection they are made by a small
 network from embeddings, P = W2 tanh(W1 E + b1) + b2, which trains more steadily and holds many more numbers; a file
-holds P alone. Not a no-op at the start. Source: arXiv:2101.00190 sec. 4.2 and 4.3.
+holds P alone. Not a no-op at the start: it takes attention from the sequence. Without the network, values begin at zero and
+keys at normal numbers; with normal values, as in PEFT, the loss begins far above the base's. Source: arXiv:2101.00190
+sec. 4.2 and 4.3.
 
 In a batch the virtual tokens are placeholder ids past the vocabulary, as in prompt tuning, so positions and windows
 count them as PEFT's `past_key_values` do. At their rows the base computes something of no meaning, which no other row
@@ -126,7 +128,10 @@ def build(places: Places, settings: PrefixTuning, seed: int) -> Built:
             start = torch.empty(size).uniform_(-(inputs**-0.5), inputs**-0.5, generator=draws)
             yield f"{name}.{kind}", nn.Parameter(start.to(base.device))
 
-    embedding = nn.Parameter(torch.empty(count, width).normal_(generator=draws).to(base.device))
+    start = torch.empty(count, width).normal_(generator=draws)
+    if not hidden:
+        start.view(count, shape.layers, 2, shape.layer_numbers)[:, :, 1] = 0
+    embedding = nn.Parameter(start.to(base.device))
     network = dict([*linear("0", width, hidden), *linear("2", hidden, shape.token_numbers)]) if hidden else {}
     part = PrefixPart(path, shape, embedding, network, base.embedding_rows or 0)
     return Built((part,), (), virtual_tokens=count)
