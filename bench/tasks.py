@@ -86,7 +86,7 @@ def _run(
         "train": {"epochs": args.epochs, "batch_size": 16, "seed": seed, "learning_rate": rate},
     }
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
+        out = (args.keep or Path(folder)) / f"{task}-{way}-{seed}-{rate:g}"
         run = train_in_fresh_process(settings, out)
         words = ["eval", str(out), "--data", str(files["test"].resolve()), "--slice", "frequency", "--json"]
         told = subprocess.run([sys.executable, "-m", "onebase", *words], check=True, capture_output=True, text=True)
@@ -190,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[0.3, 1, 3], help="times each way's own rate, on the first seed"
     )
+    parser.add_argument("--keep", type=Path, help="a folder to keep the run folders in")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     return parser
