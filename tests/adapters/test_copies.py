@@ -12,6 +12,7 @@ from onebase.adapters.copies import _own_part
 from onebase.adapters.places import Places
 from onebase.base.model import Base
 from onebase.base.route import RowSpace
+from onebase.base.targets import list_norms
 from onebase.config.methods import Full, Ia3, LnTuning, Lora
 from onebase.errors import ConfigError, TargetError
 from onebase.measure.forward import forward_loss
@@ -25,6 +26,17 @@ NORMS = {
     "opt": ["self_attn_layer_norm", "final_layer_norm"],
     "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f", "word_embeddings_layernorm"],
 }
+
+
+@pytest.mark.parametrize("name", sorted(NORMS))
+def test_each_row_of_norms_that_is_listed_selects_its_norms_and_all_rows_are_all_norms(name):
+    bank = Bank(tiny.base_of(name))
+    rows = list_norms(bank.base.model)
+    for number, row in enumerate(rows):
+        pattern = row.pattern if "\\" in row.pattern else [row.pattern]
+        assert bank.add(f"a{number}", LnTuning(target_modules=pattern)).target_paths == row.paths
+    assert {path for row in rows for path in row.paths} == set(bank.add("all", LnTuning()).target_paths)
+    assert {row.kind for row in rows} == {"norm"} and {row.shape for row in rows} <= {(32,), (8,), (16,)}
 
 
 @pytest.mark.parametrize("name", sorted(NORMS))

@@ -20,6 +20,8 @@ def test_the_targets_of_a_model_are_listed_with_what_presets_mean(trained):
     found = _json("targets", trained / "model")
     table = invoke("targets", trained / "model").stdout
     assert {row["pattern"] for row in found["targets"]} >= {"q_proj", "down_proj", "lm_head", "embed_tokens"}
+    norms = {row["pattern"]: row["blocks"] for row in found["targets"] if row["kind"] == "norm"}
+    assert norms == {"input_layernorm": 2, "post_attention_layernorm": 2, "norm": 0}
     assert set(found["presets"]["all-linear"]) == set(found["presets"]["attention"]) | set(found["presets"]["mlp"])
     for row in found["targets"]:
         blocks = f"{row['blocks']}/{row['of']}" if row["blocks"] else "-"

@@ -67,6 +67,12 @@ def predicted(run: Path, data: Path) -> list[dict[str, Any]]:
 def test_a_run_learns_classes_and_what_it_predicts_is_what_it_is_measured_by(classified: Path, shop: Path) -> None:
     measured = json.loads(invoke("eval", classified, "--json").stdout)
     result = json.loads((classified / "result.json").read_text())
+    scores = {"accuracy", "macro_f1", "auroc", "ece", "brier"}  # what docs/run-folder.md lists
+    assert set(measured["intervals"]) == scores and all(len(ends) == 2 for ends in measured["intervals"].values())
+    assert {name: result[f"valid_{name}"] for name in scores} == pytest.approx(
+        {name: measured[name] for name in scores}
+    )
+    assert {f"valid_{name}_before" for name in scores} <= set(result)
     assert measured["loss"] == pytest.approx(result["valid_loss"], rel=1e-6)
     assert result["valid_loss"] < result["valid_loss_before"]
     rows = predicted(classified, shop / "valid.jsonl")

@@ -5,7 +5,6 @@ A bank makes one when it is made. Wrappers take the modules' places in the model
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from onebase.adapters.matching import ON_LINEAR, Candidate, Match, Reach, choose
 from onebase.adapters.part import Part
 from onebase.base.model import Base
 from onebase.base.route import Route, RowSpace
-from onebase.base.targets import lenders, list_targets
+from onebase.base.targets import is_norm, lenders, list_targets
 from onebase.config.targeting import Targeted
 from onebase.errors import TargetError
 from onebase.ops.segments import NO_OWNER
@@ -99,7 +98,7 @@ class Places:
         for path, module in self.modules.items():
             if path and any(True for _ in module.parameters(recurse=False)):
                 name = type(module).__name__
-                yield listed.get(path) or Candidate(path, NORM if _is_norm(module) else name, "other")
+                yield listed.get(path) or Candidate(path, NORM if is_norm(module) else name, "other")
 
     def in_model_order(self, parts: Iterable[Part]) -> tuple[Part, ...]:
         """Return parts by their module's place in the model; those of one module stay as they are."""
@@ -234,11 +233,6 @@ def bare_copy(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 
 def _owns(module: nn.Module, weight: Tensor) -> bool:
     return getattr(module, "weight", None) is weight
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a norm, by the name of its class: models bring their own (LlamaRMSNorm, T5LayerNorm)."""
-    return re.search(r"Norm(\d+d)?$", type(module).__name__) is not None
 
 
 def _unavailable(kind: str) -> str:

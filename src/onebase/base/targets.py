@@ -24,7 +24,9 @@ from torch import nn
 from onebase.config.targeting import in_preset
 from onebase.errors import TargetError
 
-Kind = Literal["linear", "transposed-linear", "quantised-linear", "conv1d", "conv2d", "conv3d", "embedding", "experts"]
+Kind = Literal[
+    "linear", "transposed-linear", "quantised-linear", "conv1d", "conv2d", "conv3d", "embedding", "experts", "norm"
+]
 Role = Literal["attention", "mlp", "head", "router", "pooler", "embedding", "other"]
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -67,14 +69,34 @@ class Target:
 def list_targets(model: nn.Module) -> list[Target]:
     """Return the model's modules grouped into rows, in the model's order."""
     modules = list_modules(model)
-    of = _block_count(model)
+    return _grouped(modules, [module.path for module in modules], _block_count(model))
+
+
+def list_norms(model: nn.Module) -> list[Target]:
+    """Return the model's norms that have parameters, grouped into rows: what methods that copy modules can go on."""
+    tree = dict(model.named_modules())
+    owners = {path: m for path, m in tree.items() if path and any(True for _ in m.parameters(recurse=False))}
+    norms = [
+        Module(path, "norm", tuple(next(m.parameters(recurse=False)).shape), _block(path, tree), "other", True)
+        for path, m in owners.items()
+        if is_norm(m)
+    ]
+    return _grouped(norms, list(owners), _block_count(model))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm, by the name of its class: models bring their own (LlamaRMSNorm, T5LayerNorm)."""
+    return re.search(r"Norm(\d+d)?$", type(module).__name__) is not None
+
+
+def _grouped(modules: Sequence[Module], every_path: Sequence[str], of: int) -> list[Target]:
+    """Return modules in rows, each with the pattern that selects it among all paths that a pattern could mean."""
     rows: dict[tuple[Any, ...], list[Module]] = {}
     for module in modules:
         name = module.path.rsplit(".", 1)[-1]
         place = _in_block(module) if _is_mixed(name, modules) else name
         key = (module.kind, module.role, module.shape, module.available, place)
         rows.setdefault(key, []).append(module)
-    every_path = [module.path for module in modules]
     return [
         Target(
             pattern=_exact_pattern([module.path for module in row], every_path),

@@ -28,14 +28,14 @@ def targets(
     model: Annotated[str, typer.Argument(help="A packaged model, a folder, a .gguf file or a hub id.")],
     as_json: options.AsJson = False,
 ) -> None:
-    """List the modules that an adapter can go on."""
+    """List the modules that an adapter can go on, norms last: those are for the methods ln-tuning and full."""
     from onebase.base.pretrained import locate, open_pretrained
-    from onebase.base.targets import list_targets, plain_names, preset_paths
+    from onebase.base.targets import list_norms, list_targets, plain_names, preset_paths
     from onebase.config.targeting import PRESETS
     from onebase.errors import TargetError
 
     opened, *_ = open_pretrained(locate(model))
-    rows = list_targets(opened)
+    rows = [*list_targets(opened), *list_norms(opened)]
     presets: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for preset in PRESETS:
