@@ -195,6 +195,22 @@ def test_rows_come_back_under_their_own_names_and_need_no_label(shop: Path, tmp_
     assert done.exit_code == 2 and "asked.jsonl line 1: there is a column 'topic' already" in done.stderr
 
 
+def test_a_warm_start_from_an_adapter_for_other_classes_says_what_to_write(
+    classified: Path, shop: Path, tmp_path: Path
+) -> None:
+    def train(name: str, *classes: str, **data: Any) -> Any:
+        rows = [row for row in rows_of(30) if row["label"] in classes]
+        data |= {"train": str(write_rows(tmp_path / f"{name}.jsonl", rows)), "valid": 0.2}
+        config = settings(shop, "classify", data=data, adapter={"r": 4, "init_from": str(classified / "adapter")})
+        return invoke("train", config, "--out", tmp_path / name)
+
+    refused = train("two", "cat", "owl")
+    told = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "a head for one of 3 classes (cat, dog, owl), and" in told
+    assert "is open for one of 2 classes (cat, owl)" in told and "data.label_names: [cat, dog, owl]" in told
+    assert train("named", "cat", "owl", label_names=list(ANIMALS)).exit_code == 0
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes(classified: Path, shop: Path) -> None:
     config, out = settings(shop, "classify", eval={"slices": ["kind"]}), shop / "again"
     assert invoke("train", config, "--out", out).exit_code == 0

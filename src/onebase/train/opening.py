@@ -216,12 +216,22 @@ def _check_labels(base: Base, stored: StoredAdapter) -> None:
     if stored.record is None and own is not None and base.labels is not None and own.outputs == base.labels.outputs:
         return  # PEFT's files have no names
     if own is not None and own != base.labels:
-        names = ", ".join(own.names[:_SHOWN_NAMES]) + (", ..." if len(own.names) > _SHOWN_NAMES else "")
+        setting = f"data.label_names: [{', '.join(own.names)}]" if own.names else "task: regress"
         raise FileFormatError(
-            f"{stored.folder}: the adapter brings a head for {own.outputs} outputs ({own.problem.replace('_', ' ')}"
-            f"{f': {names}' if names else ''}), and {base.name} is not open for that. Open it with these labels: "
-            "load(name, labels=...)."
+            f"{stored.folder}: the adapter brings a head for {_said(own)}, and {base.name} is open for "
+            f"{_said(base.labels) if base.labels else 'no labels'}. Open it with the adapter's own, load(name, labels=...) or "
+            f"in a settings file {setting}; or start without that adapter (adapter.init_from)."
         )
+
+
+def _said(labels: Labels) -> str:
+    """Return what a head predicts, in words."""
+    if not labels.names:
+        return "a number"
+    names = ", ".join(labels.names[:_SHOWN_NAMES]) + (", ..." if len(labels.names) > _SHOWN_NAMES else "")
+    return (
+        f"{'any' if labels.problem == 'multi_label_classification' else 'one'} of {len(labels.names)} classes ({names})"
+    )
 
 
 def _check_copies(base: Base, stored: StoredAdapter) -> None:
