@@ -11,7 +11,6 @@ Everything heavy is imported inside functions. Cost: 2-4 s to import transformer
 import importlib.util
 import io
 import json
-import mmap
 import struct
 import time
 import warnings
@@ -23,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from onebase.base import hub, memory
 from onebase.base.cache import Say, build_once, home, say_on_stderr
 from onebase.base.fingerprint import file_sha256
+from onebase.base.gguf_digits import mend_digits_
+from onebase.base.loaded import check_loaded, prepare_for_labels_, without_new_heads_
 from onebase.base.open_errors import HOW_TO_FIT, explained_open_errors, own_code
 from onebase.base.packages import PACKAGES, fetch
 from onebase.base.place import (
@@ -32,18 +33,11 @@ from onebase.base.place import (
     looks_like_path,
     not_found,
     read_json,
-    unloaded_weights,
     weight_count,
 )
 from onebase.config.labels import Labels
 from onebase.config.paths import checked_path
-from onebase.errors import (
-    ConfigError,
-    FileFormatError,
-    MissingExtraError,
-    ModelError,
-    list_problems,
-)
+from onebase.errors import ConfigError, FileFormatError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -112,12 +106,6 @@ def _converted(path: Path, say: Say) -> Path:
 # ---------------------------------------------------------------------------------------------------------- converting
 
 
-# llama.cpp's pre-tokenizers that split every digit off before anything else; transformers' reader knows none of them.
-# Without this, blanks before a number are cut differently from how the model learned them ("\n\n1" is 3 tokens, not 2).
-# Source: llama.cpp, src/llama-vocab.cpp, llm_tokenizer_bpe, the case that begins with LLAMA_VOCAB_PRE_TYPE_STARCODER.
-_SPLITS_DIGITS = {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"}
-
-
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Fill `folder` with the model of a GGUF file: safetensors in float32 (exact), tokenizer, template, no local path.
 
@@ -137,7 +125,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         with silence(), redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
             arguments: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **arguments)
-            _mend_digits(tokenizer, gguf)
+            mend_digits_(tokenizer, gguf)
             if hasattr(transformers, "GgufConfig"):
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
@@ -162,30 +150,6 @@ def plain_config(config: Any) -> Any:
     written = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     written.pop("quantization_config", None)
     return type(config).from_dict(written)
-
-
-def _mend_digits(tokenizer: Any, gguf: Path) -> None:
-    from tokenizers import pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    if _gguf_text(gguf, "tokenizer.ggml.pre") in _SPLITS_DIGITS and isinstance(
-        backend.pre_tokenizer, pre_tokenizers.ByteLevel
-    ):
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-
-
-def _gguf_text(gguf: Path, key: str) -> str | None:
-    """Return a text of a GGUF file's header: gguf's own reader takes seconds, for it reads the whole vocabulary too."""
-    text_type = 8
-    start = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", text_type)
-    with gguf.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = content.find(start)
-        if found < 0:
-            return None
-        at = found + len(start) + 8
-        (length,) = struct.unpack("<Q", content[at - 8 : at])
-        return content[at : at + length].decode("utf-8", errors="replace")
 
 
 def clean_json(path: Path, unwanted: set[str]) -> None:
@@ -240,23 +204,31 @@ def open_pretrained(
             memory.check_room_for(place.name, weight_count(place.folder) * dtype.itemsize, f"{HOW_TO_FIT}.")
         tokenizer = _tokenizer(place, arguments)
         if labels is not None:
-            _prepare_for_labels(config, labels, tokenizer)
-        with seeded(0):  # a new head's weights
-            model, loading = _model_class(config, labels).from_pretrained(
-                place.folder,
-                config=config,
-                dtype="auto" if dtype is None else dtype,
-                device_map={"": device} if prequantised else None,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that all are listed; any is an error below
-                output_loading_info=True,
-                **arguments,
-            )
-        fresh = () if labels is None else _without_new_heads(model, loading)
-        _check_loaded(place, model, loading, say)
+            prepare_for_labels_(config, labels, tokenizer)
+        model, loading = _loaded(place, config, labels, dtype, {"": device} if prequantised else None, arguments)
+        fresh = () if labels is None else without_new_heads_(model, loading)
+        check_loaded(place, model, loading, say)
         if not prequantised:
             model = model.to(device)
     return model.eval().requires_grad_(False), tokenizer, fresh
+
+
+def _loaded(
+    place: ModelPlace, config: Any, labels: Labels | None, dtype: "torch.dtype | None", device_map: Any, more: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and transformers' account of what it loaded."""
+    with seeded(0):  # a new head's weights
+        model, loading = _model_class(config, labels).from_pretrained(
+            place.folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that all are listed; any is an error of check_loaded's
+            output_loading_info=True,
+            **more,
+        )
+    return model, loading
 
 
 def open_tokenizer(place: ModelPlace, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
@@ -296,26 +268,6 @@ def _tokenizer(place: ModelPlace, arguments: dict[str, Any]) -> Any:
         ) from error
 
 
-def _prepare_for_labels(config: Any, labels: Labels, tokenizer: Any) -> None:
-    """Write what a model predicts into its configuration, and what pads its batches where nothing says so."""
-    for name, value in labels.config.items():
-        setattr(config, name, value)
-    if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
-        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _without_new_heads(model: Any, loading: dict[str, Any]) -> tuple[str, ...]:
-    """Take a head's modules that found no weights of their shape out of what was loaded, and return their paths."""
-    trunk = {id(parameter) for parameter in model.base_model.parameters()}
-    pooler = getattr(model.base_model, "pooler", None)
-    trunk -= set() if pooler is None else {id(parameter) for parameter in pooler.parameters()}
-    new = {name for name, parameter in model.named_parameters() if id(parameter) not in trunk}
-    gone = {name for name, *_ in loading["mismatched_keys"]} | set(loading["missing_keys"])
-    loading["missing_keys"] = {name for name in loading["missing_keys"] if name not in new}
-    loading["mismatched_keys"] = [told for told in loading["mismatched_keys"] if told[0] not in new]
-    return tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters() if name in gone & new))
-
-
 def _model_class(config: Any, labels: Labels | None = None) -> Any:
     """Return the class that opens a model: the one that config.json names, by the causal-language-model door if it can.
 
@@ -330,24 +282,6 @@ def _model_class(config: Any, labels: Labels | None = None) -> Any:
         return transformers.AutoModelForCausalLM
     own = getattr(transformers, named, None) if named else None
     return own if own is not None and hasattr(own, "from_pretrained") else transformers.AutoModel
-
-
-def _check_loaded(place: ModelPlace, model: Any, loading: dict[str, Any], say: Say) -> None:
-    """Hold transformers' account of what it loaded against what there was: all of it, and nothing invented."""
-    problems, parts = unloaded_weights(
-        (name for name, _ in model.named_modules()),
-        loading["missing_keys"],
-        loading["unexpected_keys"],
-        (f"{name}: {tuple(stored)} in the file, but {tuple(needed)} in the model"
-         for name, stored, needed in loading["mismatched_keys"]),
-    )  # fmt: skip
-    if problems:
-        kind = type(model).__name__
-        told = list_problems(f"the weights in {place.folder} for a {kind}", problems, shown=10)
-        raise ModelError(f"{place.name}: {told}\nDo config.json and the weights belong together? Get both again.")
-    if parts:
-        more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
-        say(f"{place.name}: a {type(model).__name__} does not use {', '.join(parts[:3])}{more}")
 
 
 # ----------------------------------------------------------------------------------- what else is needed of transformers
