@@ -17,6 +17,7 @@ CLASSIFIERS = {
     "bert": ("BertForSequenceClassification", "BertConfig"),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig"),
     "gpt2": ("GPT2ForSequenceClassification", "GPT2Config"),
+    "llama": ("LlamaForSequenceClassification", "LlamaConfig"),
 }
 
 

@@ -91,6 +91,19 @@ def _plain(result: Any) -> Any:
     return torch.tensor(list(repr(result).encode()))
 
 
+def test_a_second_adapter_that_names_no_task_trains_a_head_too() -> None:
+    found = []
+    for lib in (peft, ours):
+        model = front_of(lib, "bert", "LoraConfig", task_type="SEQ_CLS", changes={"num_labels": 3})
+        torch.manual_seed(2)
+        model.add_adapter("b", lib.LoraConfig(r=2, target_modules=["query"]))
+        model.set_adapter("b")
+        fill_(model)
+        found.append([sorted(trained(model)), model(input_ids=ids_of()).logits])
+    assert any("classifier.modules_to_save.b" in name for name in found[1][0])
+    torch.testing.assert_close(_plain(found[1]), _plain(found[0]), **CLOSE)
+
+
 @BOTH
 def test_a_broken_adapter_is_not_merged_safely(lib) -> None:
     model = two(lib)

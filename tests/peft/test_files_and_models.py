@@ -266,12 +266,24 @@ def test_an_adapter_of_onebase_train_opens_on_the_model_of_its_folder_and_on_no_
         ours.PeftModel.from_pretrained(model_of("llama"), folder)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_a_classifier_learns_virtual_tokens_and_its_head_alike(name: str, tmp_path) -> None:
-    fields = {"task_type": "SEQ_CLS", "num_virtual_tokens": 3}
-    theirs, mine = pair(name, "PromptTuningConfig", changes={"num_labels": 3}, **fields)
+VIRTUAL: dict[str, Any] = {
+    "prompt": ("PromptTuningConfig", {}),
+    "prefix": ("PrefixTuningConfig", {}),
+    "projected prefix": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
+}
+
+
+@pytest.mark.parametrize("case", VIRTUAL)
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama"])
+def test_a_classifier_learns_virtual_tokens_and_its_head_alike(name: str, case: str, tmp_path) -> None:
+    kind, more = VIRTUAL[case]
+    fields = {"task_type": "SEQ_CLS", "num_virtual_tokens": 3, **more}
+    theirs, mine = pair(name, kind, changes={"num_labels": 3}, **fields)
     ids = ids_of(4)
-    given = {"attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2, 1, 1])}
+    mask = torch.ones_like(ids)
+    if case != "prompt":  # with a prompt, PEFT and transformers take a decoder's last column, padding or not
+        mask[1, 4:], ids[1, 4:] = 0, int(name == "roberta")
+    given = {"attention_mask": mask, "labels": torch.tensor([0, 2, 1, 1])}
     given |= {"token_type_ids": torch.ones_like(ids)} if name == "bert" else {}
     for _ in range(2):
         assert_same_step(theirs, mine, input_ids=ids, **given)
@@ -279,8 +291,10 @@ def test_a_classifier_learns_virtual_tokens_and_its_head_alike(name: str, tmp_pa
     for model in (theirs, mine):
         model.save_pretrained(tmp_path / type(model).__module__.partition(".")[0])
     assert_same_files(tmp_path / "peft", tmp_path / "onebase")
-    again = ours.PeftModel.from_pretrained(model_of(name, num_labels=3), tmp_path / "peft")
-    assert torch.equal(again(input_ids=ids).logits, mine.eval()(input_ids=ids).logits)
+    seen = {"input_ids": ids, "attention_mask": mask}
+    for lib, folder in ((ours, "peft"), (peft, "onebase")):
+        again = quietly(partial(lib.PeftModel.from_pretrained, model_of(name, num_labels=3), tmp_path / folder))
+        torch.testing.assert_close(again(**seen).logits, mine.eval()(**seen).logits, **CLOSE)
 
 
 def test_what_has_no_effect_when_an_adapter_is_loaded_is_said(tmp_path) -> None:

@@ -6,7 +6,14 @@ A front door beside `cli` and `api`. What runs and what differs: docs/peft.md. H
 settings, a bank goes on the user's own model, and its route gives every row to the active adapter.
 """
 
-from onebase.peft.auto import AutoPeftModelForCausalLM
+from onebase.peft.auto import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from onebase.peft.config import (
     IA3Config,
     LNTuningConfig,
@@ -23,7 +30,10 @@ from onebase.peft.functions import get_peft_model, get_peft_model_state_dict, se
 from onebase.peft.model import PeftModel
 
 __all__ = [
-    "AutoPeftModelForCausalLM", "IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig", "PeftModel", "PeftType",
+    "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+    "IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig", "PeftModel", "PeftType",
     "PrefixTuningConfig", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit", "TaskType", "get_peft_model",
     "get_peft_model_state_dict", "set_peft_model_state_dict",
 ]  # fmt: skip

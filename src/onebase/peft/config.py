@@ -356,7 +356,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
 
-    tasks_refused: ClassVar[tuple[TaskType, ...]] = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+    tasks_refused: ClassVar[tuple[TaskType, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check the first values."""

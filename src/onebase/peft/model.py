@@ -82,7 +82,7 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel):
             raise ConfigError("the model has adapters already. Use its add_adapter, or unload() it first.")
         self.peft_config: dict[str, PeftConfig] = {}
-        self.peft_type = config.peft_type
+        self.peft_type, self._task = config.peft_type, config.task_type
         self._active = ""
         self._disabled = False
         self._merged: Merged | None = None
@@ -206,7 +206,7 @@ class PeftModel(nn.Module):
         """
         self._check_new(adapter_name, peft_config)
         with as_it_was(self.get_base_model(), self._bank.base):
-            settings = complete(self._bank.places, peft_config)
+            settings = complete(self._bank.places, peft_config, self._task)
             adapter = self._bank.add(adapter_name, settings, seed=torch.initial_seed() % 2**63)
         draw_(adapter, peft_config, self._bank.base.input_embedding)
         self._take_in(adapter, peft_config)

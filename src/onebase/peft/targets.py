@@ -35,14 +35,17 @@ from onebase.peft.defaults import IA3_FEEDFORWARD, IA3_TARGETS, LN_TARGETS, LORA
 _MANY = 20  # from so many names on PEFT looks for fewer that mean the same
 
 
-def complete(places: Places, config: Any) -> AdapterSettings:
+def complete(places: Places, config: Any, task: str | None) -> AdapterSettings:
     """Return the settings that a configuration means on a base, after completing it as PEFT does.
+
+    Args:
+        task: what the first adapter is for: the head of that task is trained with every later one too.
 
     Raises:
         TargetError: it names no module of the base, or the base is none of those that have defaults.
         ConfigError: a value that the settings do not allow.
     """
-    heads = HEADS.get(config.task_type or "", ())
+    heads = HEADS.get(task or "", ())
     config.modules_to_save = [*(config.modules_to_save or ()), *heads] or None
     if isinstance(config, PromptLearningConfig):
         _complete_shapes(places, config)
@@ -186,7 +189,7 @@ def _saved(places: Places, config: Any) -> list[str]:
         inside = any(path.startswith(f"{outer}.") for outer in found)
         if ends and path.endswith(ends) and not inside and any(True for _ in module.parameters()):
             found.append(path)
-    heads: Sequence[str] = HEADS.get(config.task_type or "", ())
+    heads = {head for several in HEADS.values() for head in several}
     for name in ends:
         if name not in heads and not any(path.endswith(name) for path in found):
             warnings.warn(f"modules_to_save: {name!r} matches no module of {places.base.name}", stacklevel=5)
