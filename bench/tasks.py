@@ -28,9 +28,9 @@ from fresh_run import train_in_fresh_process
 from record import Record, file_facts
 
 WAYS: dict[str, tuple[dict[str, Any], float]] = {
-    "lora": ({"method": "lora", "r": 16}, 1e-3),
-    "head": ({"method": "full", "target_modules": ["classifier"]}, 1e-2),
-    "full": ({"method": "full"}, 1e-4),
+    "lora": ({"method": "lora", "r": 16, "lora_alpha": 16}, 2e-3),
+    "head": ({"method": "full", "target_modules": ["classifier"]}, 3e-2),
+    "full": ({"method": "full"}, 3e-4),
 }
 """Way of training -> settings of `adapter:`, and the learning rate that its sweep is around."""
 BOUND = 0.98
@@ -83,7 +83,7 @@ def _run(
         "task": task,
         "data": {"train": str(files["train"].resolve()), "valid": str(files["valid"].resolve()), "max_length": 128},
         "adapter": WAYS[way][0],
-        "train": {"epochs": args.epochs, "batch_size": 16, "seed": seed, "learning_rate": rate},
+        "train": {"epochs": args.epochs, "batch_size": 16, "seed": seed, "learning_rate": rate, "warmup_ratio": 0.1},
     }
     with tempfile.TemporaryDirectory() as folder:
         out = (args.keep or Path(folder)) / f"{task}-{way}-{seed}-{rate:g}"
@@ -185,10 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="minilm-l6-v2")
     parser.add_argument("--category", required=True, help="what the files with classes begin with")
     parser.add_argument("--depth", required=True, help="what the files with numbers begin with")
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[0.3, 1, 3], help="times each way's own rate, on the first seed"
+        "--rates", type=float, nargs="+", default=[0.5, 1, 2], help="times each way's own rate, on the first seed"
     )
     parser.add_argument("--keep", type=Path, help="a folder to keep the run folders in")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
