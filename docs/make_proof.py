@@ -95,7 +95,7 @@ def trained(work: Path, name: str) -> Path:
     settings = {
         "model": "minilm-l6-v2" if classes else "smollm2-135m-instruct",
         "task": "classify" if classes else "chat",
-        "data": {"train": f"{rows}-train.jsonl", "valid": f"{rows}-valid.jsonl"},
+        "data": {"train": f"{rows}-train.jsonl"},
         "adapter": METHODS[name],
         "train": {"steps": STEPS, "batch_size": ROWS, "seed": 0},
     }
