@@ -127,7 +127,7 @@ def test_lora_dropout_is_drawn_from_the_global_generator_anew_in_every_training_
         mine.train()
         draws = []
         for _ in range(2000):
-            mine._renew(mine.get_base_model(), ())
+            mine._active.renew(mine.get_base_model(), ())
             draws.append(layer(x) - layer.base_layer(x))
     spread = torch.stack(draws).std(0) / 2000**0.5
     assert ((torch.stack(draws).mean(0) - exact).abs() <= 5 * spread).all()

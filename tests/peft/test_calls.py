@@ -123,6 +123,33 @@ def test_after_a_merge_that_was_refused_the_model_is_as_it_was() -> None:
     assert torch.equal(model(input_ids=ids_of()).logits, before)
 
 
+def test_a_merge_that_was_refused_leaves_what_was_merged_before() -> None:
+    model = two(ours)
+    model.merge_adapter(["b"])
+    before = model(input_ids=ids_of()).logits
+    broken = next(p for name, p in model.named_parameters() if "default" in name)
+    broken.data.fill_(float("inf"))
+    with pytest.raises(ConfigError, match="not finite"):
+        model.merge_adapter(["default"], safe_merge=True)
+    assert torch.equal(model(input_ids=ids_of()).logits, before)
+    with pytest.raises(ConfigError, match="run merged"):
+        model.eval()(input_ids=ids_of(), adapter_names=["b", "b"])
+
+
+def test_an_adapter_that_is_added_after_unload_drops_out_anew_in_every_forward() -> None:
+    model = two(ours)
+    model.unload()
+    quietly(lambda: model.add_adapter("c", ours.LoraConfig(target_modules=GPT2, lora_dropout=0.5)))
+    model.set_adapter("c")
+    fill_(model)
+    model.train()
+    for module in model.get_base_model().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    first, second = (model(input_ids=ids_of()).logits for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_an_adapter_in_a_folder_inside_is_opened_by_subfolder(tmp_path) -> None:
     model = two(ours)
     model.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ transformers' Trainer saves its own files beside an adapter. Each file appears w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.lora import settings_in_file
 from onebase.base.fingerprint import fingerprint
 from onebase.config.methods import Lora
-from onebase.errors import FileFormatError, ModelError
+from onebase.errors import ConfigError, FileFormatError, ModelError
 from onebase.files.atomic import write_file
 from onebase.files.peft_config import FORMAT_OF
 from onebase.files.peft_format import TENSORS_NAME, StoredAdapter, read_adapter
@@ -99,6 +99,28 @@ def embedding_copies(model: Any, config: PeftConfig, wanted: bool | str) -> dict
         if own is not None and path is not None:
             found |= {f"{PEFT_PREFIX}{path}.{key}": tensor for key, tensor in own.state_dict().items()}
     return found
+
+
+def save(
+    front: Any, names: Sequence[str], place: Path, embeddings: bool | str, state_dict: Mapping[str, Tensor] | None
+) -> None:
+    """Write adapters of a PeftModel: "default" into the folder `place`, others into folders of their names in it.
+
+    Args:
+        embeddings: as `wanted` of `embedding_copies`.
+        state_dict: the whole model's, gathered elsewhere; None: as it is.
+
+    Raises:
+        ConfigError: `place` is a file.
+        FileFormatError: `state_dict` does not hold an adapter.
+    """
+    if place.is_file():
+        raise ConfigError(f"{place}: is a file. Name a folder.")
+    for name in names:
+        adapter, config, model = front.adapter(name), front.peft_config[name], front.get_base_model()
+        own = file_tensors(adapter) if state_dict is None else tensors_among(front, adapter, state_dict)
+        beside = embedding_copies(model, config, embeddings)
+        write(place if name == "default" else place / name, adapter, config, model, {**own, **beside})
 
 
 def write(

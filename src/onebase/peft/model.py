@@ -2,8 +2,8 @@
 
 The user's model is changed in place, as by PEFT: a route that gives every row to the active adapter rests in its slot, so
 that the model itself, called directly, by `generate`, by a Trainer or again by gradient checkpointing, runs with that
-adapter. Virtual tokens alone need the call to go through here (virtual.py). Everything else that is asked of a PeftModel
-is asked of the user's model: this is the one file where attributes are forwarded.
+adapter (active.py). Virtual tokens alone need the call to go through here (virtual.py). Everything else that is asked of a
+PeftModel is asked of the user's model: this is the one file where attributes are forwarded.
 
 What is PEFT's: names, defaults, first values (start.py), train() and eval(), files (folder.py), parameters' names
 (holding.py). What is not: docs/peft.md.
@@ -14,8 +14,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils.hooks import RemovableHandle
 
 from onebase.adapters.bank import Adapter
-from onebase.adapters.merging import Merged
-from onebase.base.route import Route
 from onebase.config.methods import PrefixTuning
 from onebase.config.paths import checked_path
 from onebase.errors import ConfigError
 from onebase.peft import folder, virtual
+from onebase.peft.active import Active
 from onebase.peft.config import PeftConfig, PromptLearningConfig
 from onebase.peft.holding import hold, let_go
-from onebase.peft.shell import Tuner, as_it_was, bank_on
+from onebase.peft.shell import Tuner, as_it_was, bank_on, let_recompute
 from onebase.peft.start import draw_
 from onebase.peft.targets import complete
 from onebase.peft.weighted import weighted
@@ -83,14 +80,10 @@ class PeftModel(nn.Module):
             raise ConfigError("the model has adapters already. Use its add_adapter, or unload() it first.")
         self.peft_config: dict[str, PeftConfig] = {}
         self.peft_type, self._task = config.peft_type, config.task_type
-        self._active = ""
-        self._disabled = False
-        self._merged: Merged | None = None
         self._virtual = isinstance(config, PromptLearningConfig)
         self._bank = bank_on(model, flat=self._virtual)
+        self._active = Active(self._bank, virtual=self._virtual)
         self.base_model: Any = model if self._virtual else Tuner(model, self)
-        self._resting: Route | None = None
-        self._hook: RemovableHandle | None = None
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             model.enable_input_require_grads()
 
@@ -148,9 +141,9 @@ class PeftModel(nn.Module):
         if adapter_names is not None:
             with self._mixed(adapter_names, 1):
                 return self.get_base_model()(*args, **named)
-        if not self._virtual or self._disabled or not self._active:
+        if not self._active.brings_tokens:
             return self.get_base_model()(*args, **named)
-        return virtual.forward(self._bank, self._active, self.active_peft_config.task_type, args, named)
+        return virtual.forward(self._bank, self.active_adapter, self.active_peft_config.task_type, args, named)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
         """Return what the model's own `generate` returns, virtual tokens not among it."""
@@ -159,35 +152,21 @@ class PeftModel(nn.Module):
         if adapter_names is not None:
             with self._mixed(adapter_names, named.get("num_beams") or 1):
                 return self.get_base_model().generate(*args, **named)
-        if not self._virtual or self._disabled or not self._active:
+        if not self._active.brings_tokens:
             return self.get_base_model().generate(*args, **named)
-        return virtual.generate(self._bank, self._active, args, named)
+        return virtual.generate(self._bank, self.active_adapter, args, named)
 
-    @contextmanager
-    def _mixed(self, names: Sequence[str], beams: int) -> Iterator[None]:
-        if self.training or self._virtual or self._merged:
-            state = "in training" if self.training else "merged" if self._merged else "with virtual tokens"
-            raise ConfigError(
-                f"adapter_names: rows of several adapters cannot be run {state}. Call eval() or set_adapter."
-            )
+    def _mixed(self, names: Sequence[str], beams: int) -> AbstractContextManager[object]:
         owners = [None if name == BASE_ALONE else self._known(name) for name in names for _ in range(beams)]
-        with self._bank.base.slot.use(self._bank.batch_route(owners)):
-            yield
+        return self._active.each_with(owners, training=self.training)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **more: Any
     ) -> None:
         """Let the model recompute its blocks in the backward, under the adapter that was active in the forward."""
-        if isinstance(self._settings(), PrefixTuning):
+        if isinstance(self._active.settings, PrefixTuning):
             raise ConfigError("prefix tuning does not work with gradient checkpointing, as in PEFT. Leave it off.")
-        given: dict[str, Any] = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if not given["use_reentrant"]:
-            given.setdefault("context_fn", self._bank.base.slot.for_recompute)
-        model = self.get_base_model()
-        if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **more)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **more)
+        let_recompute(self.get_base_model(), self._bank.base, activation_checkpointing_kwargs or {}, more)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **more: Any
@@ -224,7 +203,7 @@ class PeftModel(nn.Module):
         Raises:
             FileFormatError: there is none, it is damaged or does not fit the model.
         """
-        self._unmerge_first()
+        self._active.unmerge_first()
         if unused:
             warnings.warn(f"{', '.join(sorted(unused))} has no effect when an adapter is loaded", stacklevel=2)
         with as_it_was(self.get_base_model(), self._bank.base):
@@ -249,7 +228,7 @@ class PeftModel(nn.Module):
         return _IncompatibleKeys([], [])
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
-        self._unmerge_first()
+        self._active.unmerge_first()
         if name in self.peft_config:
             raise ConfigError(
                 f"adapter {name!r} already exists: choose another name, or delete_adapter({name!r}) first."
@@ -262,11 +241,10 @@ class PeftModel(nn.Module):
     def _take_in(self, adapter: Adapter, config: PeftConfig) -> None:
         self.peft_config[adapter.name] = config
         hold(self, adapter)
-        self._hook = self._hook or self.get_base_model().register_forward_pre_hook(self._renew)
         for text in adapter.warnings:
             warnings.warn(f"adapter {adapter.name!r}: {text}", stacklevel=3)
         self._require(adapter.name, False)
-        self._settle()
+        self._active.settle()
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make an adapter the active one; it alone is trained, unless `inference_mode`.
@@ -275,11 +253,11 @@ class PeftModel(nn.Module):
             ConfigError: there is none of that name.
         """
         self._known(adapter_name)
-        self._unmerge_first()
-        self._active = adapter_name
+        self._active.unmerge_first()
+        self._active.name = adapter_name
         for name in self.peft_config:
             self._require(name, name == adapter_name and not inference_mode)
-        self._settle()
+        self._active.settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; if it was active, the first of the others in the alphabet is then.
@@ -288,18 +266,18 @@ class PeftModel(nn.Module):
             ConfigError: there is none of that name.
         """
         self._known(adapter_name)
-        self._unmerge_first()
+        self._active.unmerge_first()
         let_go(self, self._bank.adapters[adapter_name])
         self._bank.remove(adapter_name)
         del self.peft_config[adapter_name]
-        if adapter_name == self._active:
-            self._active = min(self.peft_config, default="")  # PEFT's choice
-            if self._active:
+        if adapter_name == self.active_adapter:
+            self._active.name = min(self.peft_config, default="")  # PEFT's choice
+            if other := self.active_adapter:
                 warnings.warn(
-                    f"adapter {adapter_name!r} was active and is deleted; {self._active!r} is active now", stacklevel=2
+                    f"adapter {adapter_name!r} was active and is deleted; {other!r} is active now", stacklevel=2
                 )
-                self.set_adapter(self._active)
-        self._settle()
+                self.set_adapter(other)
+        self._active.settle()
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
@@ -321,39 +299,36 @@ class PeftModel(nn.Module):
     @property
     def active_adapter(self) -> str:
         """The active adapter's name; empty where there is none."""
-        return self._active
+        return self._active.name
 
     @property
     def active_adapters(self) -> list[str]:
         """The active adapter's name in a list."""
-        return [self._active] if self._active else []
+        return [self.active_adapter] if self.active_adapter else []
 
     @property
     def active_peft_config(self) -> PeftConfig:
         """The active adapter's configuration."""
-        return self.peft_config[self._known(self._active)]
+        return self.peft_config[self._known(self.active_adapter)]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base alone inside the block."""
-        before = self._disabled
+        before = self._active.disabled
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            self._disabled = before
-            self._settle()
+            self._active.disable(before)
 
     def disable_adapter_layers(self) -> None:
         """Run the base alone until `enable_adapter_layers`."""
-        self._unmerge_first()
-        self._disabled = True
-        self._settle()
+        self._active.unmerge_first()
+        self._active.disable(True)
 
     def enable_adapter_layers(self) -> None:
         """Run with the active adapter again."""
-        self._disabled = False
-        self._settle()
+        self._active.disable(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters' tensors require gradients, or not; which one is active stays as it is.
@@ -371,30 +346,9 @@ class PeftModel(nn.Module):
             raise ConfigError(f"no adapter {name!r}; {rule}there is {have}.")
         return name
 
-    def _settings(self) -> Any:
-        return self._bank.adapters[self._active].settings if self._active else None
-
     def _require(self, name: str, required: bool) -> None:
         for _, parameter in self._bank.adapters[name].parameters():
             parameter.requires_grad_(required)
-
-    # --------------------------------------------------------------------------------------------------------- route
-
-    def _settle(self, dropout_key: int | None = None) -> None:
-        """Let the route rest that gives every row to the active adapter; to the base where that is in its weights."""
-        alone = self._disabled or self._virtual or self._merged is not None or not self._active
-        route = self._bank.sole_route(None if alone else self._active)
-        self._resting = replace(route, dropout_key=dropout_key)
-        self._bank.base.slot.route = self._resting
-
-    def _renew(self, model: nn.Module, given: Any) -> None:
-        """Draw what keys the dropout of a forward in training; from torch's global generator, as PEFT draws masks."""
-        if self._bank.base.slot.route is not self._resting or not self._active:
-            return
-        drops = model.training and self._bank.adapters[self._active].drops_out
-        key = int(torch.randint(2**62, ())) if drops else None
-        if key is not None or (self._resting is not None and self._resting.dropout_key is not None):
-            self._settle(key)
 
     # ------------------------------------------------------------------------------------------------------- merging
 
@@ -410,36 +364,11 @@ class PeftModel(nn.Module):
             ConfigError: an adapter that no weight can hold, or with `safe_merge` a broken one.
         """
         wanted = self.active_adapters if adapter_names is None else [self._known(name) for name in adapter_names]
-        before = () if self._merged is None else self._merged.names
-        self.unmerge_adapter()
-        self._merged = Merged(self._bank, [*dict.fromkeys([*before, *wanted])])
-        self._settle()
-        if safe_merge:
-            self._check_merged()
+        self._active.merge(wanted, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the model's own weights back."""
-        if self._merged is not None:
-            self._merged.unmerge()
-            self._merged = None
-        self._settle()
-
-    def _check_merged(self) -> None:
-        """Unmerge and raise where a merged weight is not finite."""
-        assert self._merged is not None
-        names, changed = self._merged.names, self._merged.changed
-        broken = [key for key, tensor in changed.items() if not tensor.isfinite().all()]
-        if broken:
-            self.unmerge_adapter()
-            raise ConfigError(
-                f"safe_merge: {', '.join(names)} would leave numbers in {broken[0]} that are not finite. The adapter is "
-                "broken: train it again, or load an earlier one."
-            )
-
-    def _unmerge_first(self) -> None:
-        if self._merged is not None:
-            warnings.warn(f"{', '.join(self._merged.names)} is merged; it is unmerged first", stacklevel=3)
-            self.unmerge_adapter()
+        self._active.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -462,9 +391,7 @@ class PeftModel(nn.Module):
             let_go(self, adapter)
             self._bank.remove(name)
         self.peft_config.clear()
-        if self._hook is not None:
-            self._hook.remove()
-        self._active, self._bank.base.slot.route = "", None
+        self._active.leave()
         return model
 
     # ------------------------------------------------------------------------------------------------ books and files
@@ -499,17 +426,8 @@ class PeftModel(nn.Module):
                 "safe_serialization: adapters are written as safetensors, never as pickles. Leave it out."
             )
         names = [self._known(name) for name in selected_adapters or self.peft_config]
-        place = checked_path(save_directory)
-        if place.is_file():
-            raise ConfigError(f"{place}: is a file. Name a folder.")
-        for name in names if is_main_process else []:
-            path = place if name == "default" else place / name
-            adapter, config, model = self._bank.adapters[name], self.peft_config[name], self.get_base_model()
-            own = (
-                folder.file_tensors(adapter) if state_dict is None else folder.tensors_among(self, adapter, state_dict)
-            )
-            beside = folder.embedding_copies(model, config, save_embedding_layers)
-            folder.write(path, adapter, config, model, {**own, **beside})
+        if is_main_process:
+            folder.save(self, names, checked_path(save_directory), save_embedding_layers, state_dict)
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as the bank has it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,3 +76,19 @@ def as_it_was(model: nn.Module, base: Base | None = None) -> Iterator[None]:
             wrapper.training = wrapper.base_layer.training
         if base is not None:
             base.rest()
+
+
+def let_recompute(model: Any, base: Base, options: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Let a model recompute its blocks in the backward, under the route that the forward had.
+
+    Args:
+        options: torch's, over `use_reentrant: False`.
+        more: what else transformers' own method takes.
+    """
+    given: dict[str, Any] = {"use_reentrant": False, **options}
+    if not given["use_reentrant"]:
+        given.setdefault("context_fn", base.slot.for_recompute)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **more)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **more)
