@@ -135,7 +135,8 @@ def test_moving_a_model_moves_its_adapters() -> None:
     torch.testing.assert_close(mine(input_ids=ids).logits.float(), before, rtol=1e-3, atol=1e-4)
 
 
-def test_weighted_adapters_are_peft_s() -> None:
+@pytest.mark.parametrize("names", [["default", "b"], ["b", "b"]], ids=" and ".join)
+def test_weighted_adapters_are_peft_s(names: list[str]) -> None:
     models = pair("llama")
     for lib, model in zip((peft, ours), models, strict=True):
         fill_(model)
@@ -143,7 +144,7 @@ def test_weighted_adapters_are_peft_s() -> None:
         model.add_adapter("b", lib.LoraConfig())
         model.set_adapter("b")
         fill_(model, seed=4)
-        model.add_weighted_adapter(["default", "b"], [0.7, -0.3], "both", combination_type="cat")
+        model.add_weighted_adapter(names, [0.7, -0.3], "both", combination_type="cat")
         model.set_adapter("both")
     theirs, mine = (model(input_ids=ids_of()).logits for model in models)
     torch.testing.assert_close(mine, theirs, **CLOSE)

@@ -291,7 +291,7 @@ class PeftModel(nn.Module):
         Raises:
             ConfigError: all that cannot be combined so.
         """
-        sources = {name: (self.adapter(name), self.peft_config[name]) for name in adapters}
+        sources = [(self.adapter(name), self.peft_config[name]) for name in adapters]
         settings, tensors, config = weighted(sources, weights, combination_type, recipe)
         self._check_new(adapter_name, config)
         self._take_in(self._bank.add(adapter_name, settings, tensors=tensors), config)

@@ -22,17 +22,20 @@ _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lo
 
 
 def weighted(
-    sources: Mapping[str, tuple[Adapter, PeftConfig]], weights: Sequence[float], how: str, recipe: Mapping[str, Any]
+    sources: Sequence[tuple[Adapter, PeftConfig]], weights: Sequence[float], how: str, recipe: Mapping[str, Any]
 ) -> tuple[Lora, dict[str, Tensor], LoraConfig]:
     """Return settings, tensors and configuration of the adapter that `weights` and `how` make of others.
+
+    One that is named twice counts twice, as in PEFT.
 
     Raises:
         ConfigError: all that cannot be combined so.
     """
-    configs = [config for _, config in sources.values() if isinstance(config, LoraConfig)]
+    configs = [config for _, config in sources if isinstance(config, LoraConfig)]
     if not configs or len(configs) < len(sources):
         raise ConfigError(
-            f"add_weighted_adapter: LoRA adapters alone can be combined, got {', '.join(sources) or 'none'}."
+            "add_weighted_adapter: LoRA adapters alone can be combined, got "
+            f"{', '.join(adapter.name for adapter, _ in sources) or 'none'}."
         )
     unknown = sorted(recipe.keys() - {"svd_rank", "density", "majority_sign_method"})
     if unknown:
@@ -40,7 +43,7 @@ def weighted(
             f"add_weighted_adapter: {', '.join(unknown)} is not known here; there are svd_rank, density and "
             "majority_sign_method. Remove it."
         )
-    ingredients = [ingredient_of(adapter) for adapter, _ in sources.values()]
+    ingredients = [ingredient_of(adapter) for adapter, _ in sources]
     settings, tensors = combine(ingredients, weights, Recipe(how, **recipe))
     named: list[Any] = [config.target_modules for config in configs]
     sets = all(isinstance(names, set) for names in named)
