@@ -46,6 +46,9 @@ def test_classes_that_are_named_keep_their_order_and_numbers_need_no_names() -> 
     [
         (["dog", "dog"], r"every row has the label 'dog': .* nothing to learn"),
         ([None, None], r"no row has a 'label'\. Name the column: data\.columns: \{label: COLUMN\}"),
+        ([1.0, 0.0], r"no row's 'label' holds a class: .* the first is 1\.0\. Name another column"),
+        ([[0.0, 1.0], []], r"no row's 'label' holds a class: .* the first is \[0\.0, 1\.0\]"),
+        ([[], []], r"no row's 'label' holds a class: .* the first is \[\]"),
         (["dog", ["cat"]], r"a list in some rows and a single class in others"),
     ],
 )
@@ -78,6 +81,7 @@ def test_a_long_text_loses_its_end_and_is_counted() -> None:
         (ONE, "label", None, r"'label' is missing"),
         (ONE, "label", ["dog"], r"'label' must be one class, got list"),
         (ONE, "label", 1.5, r"'label' must be a name or a whole number, got 1\.5"),
+        (SEVERAL, "label", ["dog", "cat", "dog"], r"'label' holds 'dog' twice\. .* not a 0 or 1 for every class"),
         (SEVERAL, "label", "dog", r"'label' must be a list of classes, got str"),
         (NUMBER, "target", "tall", r"'target' must be a number, got 'tall'"),
         (NUMBER, "target", float("nan"), r"'target' must be a finite number, got nan"),

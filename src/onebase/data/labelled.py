@@ -37,13 +37,13 @@ def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> La
     if task == "regress":
         return Labels("regression")
     found: dict[str, None] = {}
-    lists, places = set(), []
+    lists, first = set(), None
     for row in rows:
         value = None if row.fault else row.values.get("label")
         if value is None:
             continue
         lists.add(isinstance(value, list))
-        places.append(row.place)
+        first = value if first is None else first
         for one in value if isinstance(value, list) else [value]:
             if _is_label(one):
                 found[str(one)] = None
@@ -52,14 +52,19 @@ def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> La
             "'label' is a list in some rows and a single class in others. Write it one way: a list in every row means "
             "that a row may have several classes."
         )
-    if not places:
+    if first is None:
         raise DataError("no row has a 'label'. Name the column: data.columns: {label: COLUMN}")
     if not names:
         numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in found)  # also as CSV has them
         names = sorted(found, key=(lambda name: (int(name), name)) if numbers else str)
+        if not names:
+            raise DataError(
+                "no row's 'label' holds a class: it must be a name, a whole number or a truth value, or a list of them; "
+                f"the first is {first!r}. Name another column: data.columns: {{label: COLUMN}}"
+            )
         if len(names) < 2 and lists != {True}:
             raise DataError(
-                f"every row has the label {names[0] if names else 'null'!r}: with one class there is nothing to learn. Add rows "
+                f"every row has the label {names[0]!r}: with one class there is nothing to learn. Add rows "
                 "of other classes, or name them all: data.label_names"
             )
     return Labels("multi_label_classification" if lists == {True} else "single_label_classification", tuple(names))
@@ -129,7 +134,15 @@ class Labelled:
         if not several:
             return self._class(value)
         target = np.zeros(self.labels.outputs, dtype=np.float32)
-        target[[self._class(one) for one in value]] = 1
+        for one in value:
+            number = self._class(one)
+            if target[number]:
+                raise BadRow(
+                    "a class twice",
+                    f"'label' holds {one!r} twice. Write the names or numbers of a row's classes, each once, not a 0 or 1 "
+                    "for every class.",
+                )
+            target[number] = 1
         return target
 
     def _class(self, value: Any) -> int:
