@@ -9,6 +9,9 @@ import pytest
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
 
+from onebase.cli.labelling import _answer
+from onebase.config.labels import Labels
+from onebase.measure import judge
 from tests.classifiers import encoder_folder
 from tests.cli.world import invoke, write_rows
 
@@ -80,6 +83,20 @@ def test_a_run_learns_classes_and_what_it_predicts_is_what_it_is_measured_by(cla
     assert measured["accuracy"] == pytest.approx(accuracy_score(wanted, found))
     assert measured["macro_f1"] == pytest.approx(f1_score(wanted, found, average="macro"))
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in rows)
+
+
+def test_a_slice_that_is_not_there_is_told_before_anything_is_measured(
+    classified: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(judge, "judge", lambda *given, **named: measured.append(given))
+    assert invoke("eval", classified, "--slice", "knid").exit_code == 2 and not measured
+
+
+def test_a_class_is_likely_by_its_probability_not_by_what_is_printed_of_it() -> None:
+    labels = Labels("multi_label_classification", ("a", "b", "c"))
+    answer = _answer(labels, [0.5000001, 0.4999999, 0.9], "p")
+    assert answer == {"p": ["a", "c"], "probabilities": {"a": 0.5, "b": 0.5, "c": 0.9}}
 
 
 def test_slices_are_those_of_the_run_or_of_the_command_line_each_with_n(classified: Path) -> None:
@@ -265,7 +282,10 @@ def test_settings_of_another_task_are_refused(shop: Path, tmp_path: Path, task, 
 
 
 def test_squared_error_of_classes_is_possible_and_warned_about(shop: Path, tmp_path: Path) -> None:
-    done = invoke("train", settings(shop, "classify", train={"loss": "squared_error"}), "--out", tmp_path / "run")
+    run = tmp_path / "run"
+    done = invoke("train", settings(shop, "classify", train={"loss": "squared_error"}), "--out", run)
+    measured, result = json.loads(invoke("eval", run, "--json").stdout), json.loads((run / "result.json").read_text())
+    assert measured["loss"] == pytest.approx(result["valid_loss"], rel=1e-6) == pytest.approx(measured["brier"])
     assert done.exit_code == 0 and "the gradient vanishes where the model is sure and wrong" in " ".join(
         done.stdout.split()
     )

@@ -24,7 +24,7 @@ def judge_whole(
 ) -> None:
     """Measure the adapter on rows with classes or numbers, and print what was found."""
     from onebase.measure.evaluate import EVALUATION_TOKENS
-    from onebase.measure.judge import judge
+    from onebase.measure.judge import judge, members_of
 
     head = opened.bank.base.task_head
     if adapter is None and not isinstance(head, str) and head.fresh:
@@ -32,6 +32,8 @@ def judge_whole(
             f"{opened.bank.base.name}: its files hold no head for this task ({', '.join(head.fresh)}), so there is nothing to "
             "measure without an adapter. Leave --base-only away."
         )
+    columns = opened.slices if slices is None else slices
+    members_of(prepared.examples, columns)  # a column that is not there is told before the work
     started = time.perf_counter()
     label = f"adapter {opened.label}" if adapter else f"base {opened.bank.base.name}"
     with counting(label, len(prepared.examples), "rows") as advance:
@@ -40,11 +42,12 @@ def judge_whole(
             adapter,
             prepared.examples,
             batch_tokens=opened.batch_tokens or EVALUATION_TOKENS,
+            objective=opened.objective,
             on_progress=lambda done, _: advance(done),
         )
     seconds = time.perf_counter() - started
     overall = scores.intervals()
-    by_slice = scores.slices(prepared.examples, opened.slices if slices is None else slices)
+    by_slice = scores.slices(prepared.examples, columns)
     if as_json:
         terminal.print_json(_as_json(opened, adapter, data, scores, overall, by_slice, seconds))
         return

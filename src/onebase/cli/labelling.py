@@ -59,7 +59,7 @@ def _answer(labels: "Labels", outputs: Any, column: str) -> dict[str, Any]:
         return {column: outputs}
     likely = {name: round(one, 6) for name, one in zip(labels.names, outputs, strict=True)}
     if labels.problem == "multi_label_classification":
-        chosen: Any = [name for name, one in likely.items() if one > _LIKELY]
+        chosen: Any = [name for name, one in zip(labels.names, outputs, strict=True) if one > _LIKELY]
     else:
         chosen = labels.names[max(range(len(outputs)), key=outputs.__getitem__)]
     return {column: chosen, PROBABILITIES: likely}

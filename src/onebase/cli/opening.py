@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onebase.adapters.bank import Bank
     from onebase.config.settings import DataSettings
     from onebase.measure.prompts import Asking
+    from onebase.ops.objective import Objective
 
 _SOURCES = ("train", "valid", "test")
 
@@ -55,7 +56,7 @@ class Opened:
     """A bank, the adapter in it that is meant (None: the base alone), and what its run says of its data.
 
     `data` are the run's data settings as plain values, without the sources; `sources` are these. `batch_tokens` is the
-    run's eval.batch_tokens where that is a number, `slices` its eval.slices.
+    run's eval.batch_tokens where that is a number, `slices` its eval.slices, `objective` its train.loss.
     """
 
     label: str
@@ -66,6 +67,7 @@ class Opened:
     sources: Mapping[str, Any] = field(default_factory=dict)
     batch_tokens: int | None = None
     slices: tuple[str, ...] = ()
+    objective: "Objective | None" = None
 
     @property
     def base_line(self) -> str:
@@ -144,6 +146,7 @@ def open_adapter(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
         sources={name: data[name] for name in _SOURCES if name in data},
         batch_tokens=_number(run, "eval", "batch_tokens"),
         slices=tuple((run.get("eval") or {}).get("slices") or ()),
+        objective=(run.get("train") or {}).get("loss"),
     )
 
 

@@ -69,18 +69,27 @@ class TaskScores:
         Raises:
             ConfigError: no row has one of the columns, or it has too many values for slices.
         """
-        found = slices_of([example.values for example in examples], columns)
-        for column, values in found.items():
-            if len(values) > _MOST_SLICES:
-                raise ConfigError(
-                    f"eval.slices: '{column}' has {len(values):,} values, at most {_MOST_SLICES} make slices. Name a column "
-                    "that sorts the rows into few kinds."
-                )
         return [
             SliceScores(column, value, len(members), self.intervals(members))
-            for column, values in found.items()
+            for column, values in members_of(examples, columns).items()
             for value, members in values
         ]
+
+
+def members_of(examples: Examples, columns: Sequence[str]) -> dict[str, list[tuple[str, NDArray[np.int64]]]]:
+    """Return, for each column, its values and the numbers of the examples whose rows have them.
+
+    Raises:
+        ConfigError: no row has one of the columns, or it has too many values for slices.
+    """
+    found = slices_of([example.values for example in examples], columns)
+    for column, values in found.items():
+        if len(values) > _MOST_SLICES:
+            raise ConfigError(
+                f"eval.slices: '{column}' has {len(values):,} values, at most {_MOST_SLICES} make slices. Name a column "
+                "that sorts the rows into few kinds."
+            )
+    return found
 
 
 def score(
