@@ -175,6 +175,10 @@ def test_damage_and_unknown_tools_are_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(FileFormatError, match=told):
             lint(small(tmp_path / field, **{field: value}), ["vllm"])
+    config = json.loads((small(tmp_path / "rank") / "adapter_config.json").read_text())
+    (tmp_path / "rank" / "adapter_config.json").write_text(json.dumps(config | {"r": 3 * config["r"]}))
+    with pytest.raises(FileFormatError, match=r"q_proj has rank 4, adapter_config\.json says 12"):
+        lint(tmp_path / "rank", ["vllm"])
     weights = folder / "adapter_model.safetensors"
     for content in (b"", b"\xff" * 9, weights.read_bytes()[:20]):
         weights.write_bytes(content)

@@ -66,6 +66,7 @@ def lint(path: Path, tools: Iterable[str]) -> list[Finding]:
     header = read_header(find_adapter(path))
     has = properties(header)
     scales = scales_of(header) if header.config.get("peft_type") == "LORA" else {}
+    _check_ranks(header, scales)
     return [_judged(TOOLS[name], path, has, scales) for name in wanted]
 
 
@@ -172,6 +173,19 @@ def scales_of(header: Header) -> dict[str, Scales]:
             use_rslora=bool(config.get("use_rslora")),
         )
     return found
+
+
+def _check_ranks(header: Header, scales: Mapping[str, Scales]) -> None:
+    """Raise where a pair has another rank than the config gives it: no tool could tell the scale it was trained with."""
+    ranks = header.config.get("rank_pattern") or {}
+    wrong = [
+        f"{path} has rank {of.r}, {CONFIG_NAME} says {for_path(ranks, path, of.common_r)}"
+        for path, of in scales.items()
+        if of.r != for_path(ranks, path, of.common_r)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more pairs differ" if len(wrong) > 1 else ""
+        raise FileFormatError(f"{header.folder / TENSORS_NAME}: {wrong[0]}{more}. {_TODO}")
 
 
 def _judged(tool: Tool, path: Path, has: Mapping[str, str], scales: Mapping[str, Scales]) -> Finding:
