@@ -50,6 +50,7 @@ def test_wrong_use_exits_with_2_and_writes_nothing(run, tmp_path):
         (("--out", "plain", "--gguf", "--base-gguf", "b.gguf"), "a merged model needs all three"),
         (("--out", "plain", "--gguf", "--merged", "--base-gguf", "b.gguf"), "b.gguf: there is no such file"),
         (("--out", "plain", "--gguf", "--type", "Q4_K"), "must be one of F32, F16, got Q4_K"),
+        (("--out", "plain", "--portable", "--type", "F16"), "--type: is for --gguf"),
         (("--out", "model", "--portable"), "model: is there already. Choose another --out."),
         (("--out", "plain", "--portable", "--model", "nowhere/nothing"), "nothing"),
     ):

@@ -80,6 +80,19 @@ def test_transformers_reads_the_merged_model(name: str, kind: str, bound: float,
     assert all(fields[0][key].types == fields[1][key].types for key in kept)
 
 
+def test_a_base_in_half_precision_costs_the_merged_numbers_nothing(tmp_path: Path) -> None:
+    like = base_gguf(tmp_path / "base.gguf", model_of("llama").to(torch.bfloat16).float())
+    written = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, out = model_of("llama").to(torch.bfloat16).to(dtype), tmp_path / f"{dtype}.gguf"
+        bank = Bank(Base(model, name="tiny"))
+        fill_(bank.add("a", Lora(r=4)))
+        export_merged(bank, "a", like, out)
+        written[dtype] = gguf_file.read_gguf(out)[1]
+    for name, numbers in written[torch.float32].items():
+        np.testing.assert_allclose(written[torch.bfloat16][name], numbers, rtol=1e-6, atol=1e-7)
+
+
 def test_the_file_of_another_model_is_refused(tmp_path: Path) -> None:
     like = base_gguf(tmp_path / "base.gguf", model_of("llama", seed=1))
     with pytest.raises(ConfigError, match="has other numbers than the base"):

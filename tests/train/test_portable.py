@@ -105,6 +105,13 @@ def test_a_form_that_is_not_the_adapter_is_not_written(tmp_path: Path, monkeypat
     assert not (tmp_path / "b").exists() and list(bank.adapters) == ["a"]
 
 
+def test_outputs_that_are_no_numbers_are_no_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, folder = bank_and_folder("llama", PLAIN["patterns"][1], tmp_path / "a")
+    monkeypatch.setattr(portable, "numbers_of", lambda out: torch.full((2,), float("nan")))
+    with pytest.raises(VerificationError, match="they differ by nan"):
+        export_portable(bank, "a", folder, tmp_path / "b")
+
+
 def test_an_adapter_with_a_scale_folded_wrong_shows_in_the_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,8 +33,11 @@ def export(  # noqa: PLR0913 (a verb's options are its parameters)
         typer.Option(help="The base's own GGUF file, whose sizes and vocabulary a merged model takes over."),
     ] = None,
     kind: Annotated[
-        str, typer.Option("--type", help="With --gguf, the format of the numbers: F32, F16; Q8_0 with --merged.")
-    ] = "F32",
+        str | None,
+        typer.Option(
+            "--type", help="With --gguf, the format of the numbers: F32 (the default), F16; Q8_0 with --merged."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
     model: options.Model = None,
     device: options.Device = None,
@@ -50,6 +53,9 @@ def export(  # noqa: PLR0913 (a verb's options are its parameters)
         raise ConfigError("export needs one form. Give --portable or --gguf.")
     if merged != (base_gguf is not None) or (merged and not gguf):
         raise ConfigError("a merged model needs all three: --gguf --merged --base-gguf FILE, the base's own GGUF file.")
+    if kind is not None and not gguf:
+        raise ConfigError("--type: is for --gguf; a portable adapter is stored in fp32. Remove it.")
+    numbers = (kind or "F32").upper()
     from onebase.files.peft_format import find_adapter
     from onebase.train.gguf_adapter import export_gguf
     from onebase.train.gguf_model import export_merged
@@ -62,10 +68,10 @@ def export(  # noqa: PLR0913 (a verb's options are its parameters)
     folder = find_adapter(Path(adapter).expanduser())
     found: Export | GgufExport | ModelExport
     if base_gguf is not None:
-        found = export_merged(opened.bank, opened.adapter, base_gguf.expanduser(), out, kind.upper())
+        found = export_merged(opened.bank, opened.adapter, base_gguf.expanduser(), out, numbers)
         facts = _merged_facts(opened, found)
     elif gguf:
-        found = export_gguf(opened.bank, opened.adapter, folder, out, kind.upper())
+        found = export_gguf(opened.bank, opened.adapter, folder, out, numbers)
         facts = _gguf_facts(opened, found)
     else:
         found = export_portable(opened.bank, opened.adapter, folder, out)

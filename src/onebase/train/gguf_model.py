@@ -58,7 +58,7 @@ def export_merged(bank: Bank, name: str, like: Path, out: Path, kind: str = "F32
         )
     tied = is_tied(bank.base.model)
     _check_like(like, family, _named(family, plain_state(bank.base.model), tied=tied))
-    tensors = _named(family, merged_state(bank, name), tied=tied)
+    tensors = _named(family, merged_state(bank, name, dtype=torch.float32), tied=tied)
     odd = [key for key, tensor in tensors.items() if tensor.ndim > 1 and tensor.shape[-1] % BLOCK]
     if kind == "Q8_0" and odd:
         raise ConfigError(f"{odd[0]}: Q8_0 needs rows of a multiple of {BLOCK} numbers. Take --type F16.")

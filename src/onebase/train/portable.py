@@ -173,19 +173,22 @@ def _check_outputs(bank: Bank, name: str) -> float:
     base = bank.base
     rows = base.embedding_rows or 1
     ids = [[(7 * start + 3 * i) % rows for i in range(_PROBE_TOKENS)] for start in (1, 2)]
-    largest, furthest = 1e-6, 0.0
+    largest, distances = [1e-6], [0.0]
     for given in inputs_for(bank, ids):
         given = {key: value.to(base.device) for key, value in given.items()}
         outputs = []
         for adapter in (name, _NAME):
             with base.native(bank.sole_route(adapter)) as model:
                 outputs.append(numbers_of(model(**given)).double())
-        largest = max(largest, float(outputs[0].abs().max()))
-        furthest = max(furthest, float((outputs[1] - outputs[0]).abs().max()))
+        largest.append(float(outputs[0].abs().max()))
+        distances.append(float((outputs[1] - outputs[0]).abs().max()))
+    found = float(torch.tensor(distances, dtype=torch.float64).max()) / max(
+        largest
+    )  # unlike Python's max, NaN if any is
     bound = bounds_of(base.dtype, base.dtype).results
-    if not furthest / largest <= bound:
+    if not found <= bound:
         raise VerificationError(
-            f"the portable adapter gives other outputs than the adapter: they differ by {furthest / largest:.1e} of the "
+            f"the portable adapter gives other outputs than the adapter: they differ by {found:.1e} of the "
             f"largest (bound {bound:.0e}). Nothing was written. Merge it instead: {MERGE.format(adapter='ADAPTER')}"
         )
-    return furthest / largest
+    return found
