@@ -88,7 +88,7 @@ def test_a_run_learns_classes_and_what_it_predicts_is_what_it_is_measured_by(cla
 def test_a_slice_that_is_not_there_is_told_before_anything_is_measured(
     classified: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = []
+    measured: list[Any] = []
     monkeypatch.setattr(judge, "judge", lambda *given, **named: measured.append(given))
     assert invoke("eval", classified, "--slice", "knid").exit_code == 2 and not measured
 

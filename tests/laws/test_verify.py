@@ -109,6 +109,25 @@ def test_a_changed_tensor_in_the_file_is_named(shop, copied):
     assert f"1 of {len(tensors)} tensors differ: {changed}" in checks[0].said
 
 
+def test_a_file_in_half_precision_holds_what_is_loaded(shop, copied):
+    tensors = load_file(copied / "adapter_model.safetensors")
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(halves, copied / "adapter_model.safetensors", metadata={"format": "pt"})
+    subject = subject_of(shop, copied)
+    assert failures(verify(subject)) == []
+    changed = next(name for name in halves if "lora_B" in name)
+    halves[changed][0, 0] *= 1.01
+    save_file(halves, copied / "adapter_model.safetensors", metadata={"format": "pt"})
+    check = verify(subject)[0]
+    assert check.state == "failed" and f"1 of {len(tensors)} tensors differ: {changed}" in check.said
+
+
+def test_results_that_are_no_numbers_are_no_effect(shop, adapter, monkeypatch):
+    monkeypatch.setattr(verifying, "numbers_of", lambda out: torch.full((1, 2, 3), float("nan")))
+    check = next(check for check in verify(subject_of(shop, adapter)) if check.above)
+    assert check.state == "failed" and "no numbers" in check.said
+
+
 def test_an_adapter_that_does_nothing_is_told(shop, copied):
     tensors = load_file(copied / "adapter_model.safetensors")
     zeroed = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in tensors.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from onebase.adapters.bank import Bank
 from onebase.adapters.merging import merged_state
@@ -40,8 +41,10 @@ def base_gguf(path: Path, model: Any, vocabulary: str = "gpt2") -> Path:
     writer.add_add_bos_token(False)
     family = gguf_file.family_of(config)
     for key, tensor in model.state_dict().items():
-        name = family.tensor_name(key.removesuffix(".weight"))
+        module, _, leaf = key.rpartition(".")
+        name = family.tensor_name(module)
         assert name is not None
+        name = name.removesuffix("weight") + leaf
         if not (config.tie_word_embeddings and name == "output.weight"):
             writer.add_tensor(name, family.file_rows(name, tensor.numpy()))
     writer.write_header_to_file()
@@ -78,6 +81,23 @@ def test_transformers_reads_the_merged_model(name: str, kind: str, bound: float,
     }
     assert all(fields[0][key].contents() == fields[1][key].contents() for key in kept)
     assert all(fields[0][key].types == fields[1][key].types for key in kept)
+
+
+def test_biases_of_queries_and_keys_are_reordered_as_their_weights_are(tmp_path: Path) -> None:
+    model = model_of("llama", attention_bias=True)
+    own = {key: tensor.numpy().copy() for key, tensor in model.state_dict().items() if key.endswith("bias")}
+    assert all(bias.any() for bias in own.values())
+    like, bank = base_gguf(tmp_path / "base.gguf", model), Bank(Base(model, name="tiny"))
+    fill_(bank.add("a", Lora(r=4)))
+    export_merged(bank, "a", like, tmp_path / "merged.gguf")
+    read, config = gguf_file.read_gguf(tmp_path / "merged.gguf")[1], model.config
+    heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+    reorder = LlamaTensorProcessor(config=heads)
+    for theirs, ours in (("attn_q", "q_proj"), ("attn_k", "k_proj")):
+        name = f"blk.1.{theirs}.bias"
+        np.testing.assert_array_equal(
+            reorder.process(read[name], name=name).weights, own[f"model.layers.1.self_attn.{ours}.bias"]
+        )
 
 
 def test_a_base_in_half_precision_costs_the_merged_numbers_nothing(tmp_path: Path) -> None:

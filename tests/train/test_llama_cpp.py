@@ -24,7 +24,9 @@ IDS = [3, 5, 8, 13, 21, 34]
 
 
 def as_llama_cpp_answers(model: Path, adapter: Path | None = None) -> np.ndarray:
-    llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python")
+    llama_cpp: Any = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python"
+    )
     opened = llama_cpp.Llama(
         str(model), lora_path=None if adapter is None else str(adapter), n_ctx=64, logits_all=True, verbose=False
     )

@@ -30,7 +30,7 @@ _FAMILIES = {  # transformers' model_type: (llama.cpp's architecture, whether qu
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False),
 }
-_QUERIES, _KEYS = "attn_q.weight", "attn_k.weight"
+_QUERIES, _KEYS = "attn_q", "attn_k"
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class Family:
         return None if found is None else str(found)
 
     def file_rows(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
-        """Return a weight's rows in the order of the file: of each rotary head, halves become pairs of neighbours."""
-        if not self.reorders or not name.endswith((_QUERIES, _KEYS)):
+        """Return a weight's or a bias's rows in the order of the file: of each rotary head, halves become neighbours."""
+        module = name.rpartition(".")[0]
+        if not self.reorders or not module.endswith((_QUERIES, _KEYS)):
             return rows
-        heads = self.heads if name.endswith(_QUERIES) else self.key_heads
+        heads = self.heads if module.endswith(_QUERIES) else self.key_heads
         halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
         return halves.swapaxes(1, 2).reshape(rows.shape)
 

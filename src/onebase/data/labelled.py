@@ -37,7 +37,8 @@ def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> La
     if task == "regress":
         return Labels("regression")
     found: dict[str, None] = {}
-    lists, first = set(), None
+    lists = set()
+    first: Any = None
     for row in rows:
         value = None if row.fault else row.values.get("label")
         if value is None:

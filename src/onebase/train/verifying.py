@@ -122,7 +122,13 @@ def _loaded_is_saved(name: str, subject: Subject) -> Check:
         saving.write(again, bank.base, bank.adapters[subject.name], task=subject.task)
         loaded = read_tensors(again / TENSORS_NAME, todo="Free some space.")
     saved = {key: tensor for key, tensor in saved.items() if not any(key.endswith(copy) for copy in copies)}
-    return _exactly(name, differing(saved, loaded), len(saved), "tensors")
+    wide = {key: _widened(tensor, loaded[key].dtype) if key in loaded else tensor for key, tensor in saved.items()}
+    return _exactly(name, differing(wide, loaded), len(saved), "tensors")
+
+
+def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in the format that it is held in, where that holds each of its numbers; else as it is."""
+    return tensor.to(dtype) if torch.promote_types(tensor.dtype, dtype) == dtype else tensor
 
 
 def _merged_is_unmerged(name: str, subject: Subject) -> Check:
@@ -194,7 +200,10 @@ def _has_an_effect(name: str, subject: Subject) -> Check:
         distances.append(float((results[0] - results[1]).abs().max()))
     found = float(torch.tensor(distances, dtype=torch.float64).max()) / max(largest)
     bound = torch.finfo(bank.base.dtype).eps
-    said = "of the largest result" if found > bound else "it changes nothing: was it trained, and is it the right file?"
+    said = "of the largest result"
+    if not found > bound:
+        nothing = "it changes nothing: was it trained, and is it the right file?"
+        said = nothing if found <= bound else "its results, or the base's, are no numbers"
     return Check(name, "ok" if found > bound else "failed", found, bound, said, above=True)
 
 
