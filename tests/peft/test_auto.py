@@ -78,3 +78,45 @@ def test_the_class_for_another_task_is_refused_as_in_peft(tmp_path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": "TOKEN_CLS"}))
     with pytest.raises(ConfigError, match="num_labels: AutoPeftModelForTokenClassification opens the head"):
         ours.AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+
+
+def test_an_adapter_without_a_task_is_opened_by_the_class_without_one(tmp_path) -> None:
+    expected = numbers(stored(ours, "CausalLM", tmp_path))
+    for lib in (peft, ours):
+        with pytest.raises(ValueError, match="AutoPeftModelForCausalLM"):
+            lib.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(path.read_text()) | {"task_type": None}
+    kinds = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    path.write_text(json.dumps(content | {"auto_mapping": kinds}))
+    for lib in (peft, ours):
+        opened = quietly(lambda lib=lib: lib.AutoPeftModel.from_pretrained(tmp_path / "adapter"))
+        torch.testing.assert_close(numbers(opened), expected, **CLOSE)
+    path.write_text(json.dumps(content | {"auto_mapping": kinds | {"base_model_class": "LlamaModel"}}))
+    with pytest.raises(ModelError, match="is a LlamaForCausalLM, which is not the LlamaModel that the adapter is for"):
+        ours.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_dtypes_and_devices_mean_what_they_mean_in_transformers(tmp_path) -> None:
+    stored(ours, "CausalLM", tmp_path)
+    config = tmp_path / "base" / "config.json"
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    assert json.loads(config.read_text())["dtype"] == "bfloat16"
+    for given in (
+        {}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": torch.float32}, {"torch_dtype": torch.float32},
+        {"dtype": "float32"}, {"device_map": "cpu", "low_cpu_mem_usage": True}, {"device_map": {"": "cpu"}},
+    ):  # fmt: skip
+        found = [
+            quietly(lambda lib=lib, g=given: lib.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **g))
+            for lib in (peft, ours)
+        ]
+        states = [{name: (p.dtype, p.device) for name, p in model.named_parameters()} for model in found]
+        assert states[0] == states[1], given
+    kind = ours.AutoPeftModelForCausalLM
+    with pytest.raises(ConfigError, match=r"load_in_4bit: is not taken here, got True. Open the model yourself"):
+        kind.from_pretrained(tmp_path / "adapter", load_in_4bit=True, token=None)
+    with pytest.raises(ConfigError, match="torch_dtype: is dtype's old name"):
+        kind.from_pretrained(tmp_path / "adapter", dtype="auto", torch_dtype=torch.float16)
+    with pytest.raises(ConfigError, match="device_map: must be one device for the whole model"):
+        kind.from_pretrained(tmp_path / "adapter", device_map={"model.embed_tokens": 0, "lm_head": "cpu"})

@@ -170,7 +170,7 @@ def find_adapter(path: Path) -> Path:
 
 def _read(folder: Path) -> StoredAdapter:
     config, form, notes = read_config(folder)
-    named = name_tensors(form, config, _stored_tensors(folder))
+    named = name_tensors(form, config, stored_tensors(folder))
     problems = named.problems or tensor_problems(form, config, named.content.tensors)
     if problems:
         told = [f"{problem} {_TODO}" for problem in problems]
@@ -184,8 +184,12 @@ def _read(folder: Path) -> StoredAdapter:
     return StoredAdapter(folder, settings, tensors, config, record, notes, content.paths, named.base_copies)
 
 
-def _stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors under the names in the file, which must be a safetensors file."""
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors under the names in the file, which must be a safetensors file.
+
+    Raises:
+        FileFormatError: it is none, is damaged or missing.
+    """
     path = folder / TENSORS_NAME
     if path.is_file():
         return read_tensors(path, todo=_TODO)

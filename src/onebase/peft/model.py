@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from onebase.config.paths import checked_path
 from onebase.errors import ConfigError
 from onebase.peft import folder, virtual
 from onebase.peft.active import Active
-from onebase.peft.config import PeftConfig, PromptLearningConfig
+from onebase.peft.config import PeftConfig, PromptLearningConfig, TaskType
 from onebase.peft.holding import hold, let_go
 from onebase.peft.shell import Tuner, as_it_was, bank_on, let_recompute
 from onebase.peft.start import draw_
@@ -63,6 +63,11 @@ class PeftModel(nn.Module):
         TargetError: the configuration names no module of the model.
     """
 
+    task: ClassVar[TaskType | None] = None
+    """What the class is for, whatever the configuration says; None: what that says."""
+    of_task: ClassVar[dict[str, type[PeftModel]]] = {}
+    """The class for each task (task_models.py)."""
+
     def __init__(
         self, model: Any, peft_config: PeftConfig, adapter_name: str = "default",
         autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False,
@@ -79,7 +84,7 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel):
             raise ConfigError("the model has adapters already. Use its add_adapter, or unload() it first.")
         self.peft_config: dict[str, PeftConfig] = {}
-        self.peft_type, self._task = config.peft_type, config.task_type
+        self.peft_type, self._task = config.peft_type, self.task or config.task_type
         self._virtual = isinstance(config, PromptLearningConfig)
         self._bank = bank_on(model, flat=self._virtual)
         self._active = Active(self._bank, virtual=self._virtual)
@@ -100,8 +105,10 @@ class PeftModel(nn.Module):
         Raises:
             FileFormatError: there is none, it is damaged or does not fit the model.
         """
-        front = cls.__new__(cls)
-        front._start(model, config or PeftConfig.from_pretrained(model_id, unused.get("subfolder")))
+        first = config or PeftConfig.from_pretrained(model_id, unused.get("subfolder"))
+        kind = cls.of_task.get(first.task_type or "", cls)
+        front = kind.__new__(kind)
+        front._start(model, first)
         front.load_adapter(model_id, adapter_name, is_trainable=is_trainable, config=config, **unused)
         front.set_adapter(adapter_name, inference_mode=not is_trainable)
         return front
@@ -143,7 +150,7 @@ class PeftModel(nn.Module):
                 return self.get_base_model()(*args, **named)
         if not self._active.brings_tokens:
             return self.get_base_model()(*args, **named)
-        return virtual.forward(self._bank, self.active_adapter, self.active_peft_config.task_type, args, named)
+        return virtual.forward(self._bank, self.active_adapter, self._task, args, named)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
         """Return what the model's own `generate` returns, virtual tokens not among it."""
