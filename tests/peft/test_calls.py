@@ -1,5 +1,6 @@
 """Calls that scripts written for PEFT make besides training: their arguments, what they return, what they look up."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,18 @@ import torch
 
 import onebase.peft as ours
 from onebase.errors import ConfigError, FileFormatError
-from tests.peft.pairs import CLOSE, GPT2, assert_same_files, fill_, front_of, ids_of, model_of, pair, quietly, trained
+from tests.peft.pairs import (
+    CLOSE,
+    GPT2,
+    assert_same_files,
+    fill_,
+    front_of,
+    ids_of,
+    model_of,
+    pair,
+    quietly,
+    trained,
+)
 
 BOTH = pytest.mark.parametrize("lib", [peft, ours], ids=["peft", "ours"])
 
@@ -102,6 +114,50 @@ def test_a_second_adapter_that_names_no_task_trains_a_head_too() -> None:
         found.append([sorted(trained(model)), model(input_ids=ids_of()).logits])
     assert any("classifier.modules_to_save.b" in name for name in found[1][0])
     torch.testing.assert_close(_plain(found[1]), _plain(found[0]), **CLOSE)
+
+
+def test_a_stored_adapter_without_a_head_is_trained_with_the_model_s_own(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="holds no classifier; the model's own is trained"):
+        found = _loaded_without_head(ours, tmp_path)
+    assert sum("classifier.modules_to_save.default" in name for name in trained(found)) == 2
+    base = model_of("bert", num_labels=3)
+    assert torch.equal(next(p for n, p in trained(found).items() if "classifier" in n), base.classifier.weight)
+    fill_(found)
+    expected = found.eval()(input_ids=ids_of()).logits
+    found.save_pretrained(tmp_path / "again")
+    for lib in (peft, ours):
+        again = quietly(
+            lambda lib=lib: lib.PeftModel.from_pretrained(model_of("bert", num_labels=3), tmp_path / "again")
+        )
+        torch.testing.assert_close(again(input_ids=ids_of()).logits, expected, **CLOSE)
+    with pytest.raises(KeyError, match="classifier"):
+        _loaded_without_head(peft, tmp_path)
+
+
+def _loaded_without_head(lib: Any, folder: Any) -> Any:
+    """Return an adapter for a classifier whose file holds no head, loaded to be trained."""
+    model = front_of(peft, "bert", "LoraConfig", target_modules=["query"], changes={"num_labels": 3})
+    quietly(lambda: model.save_pretrained(folder))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": "SEQ_CLS", "auto_mapping": None}))
+    return lib.PeftModel.from_pretrained(model_of("bert", num_labels=3), folder, is_trainable=True)
+
+
+def test_a_prefix_is_trained_while_the_model_drops_attention_weights() -> None:
+    fields: dict[str, Any] = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    losses = {}
+    for dropped in (0.0, 0.5):
+        front = front_of(ours, "gpt2", "PrefixTuningConfig", changes={"attn_pdrop": dropped}, **fields).train()
+        fill_(front)
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            loss = front(input_ids=ids_of(), labels=ids_of()).loss
+            loss.backward()
+            losses.setdefault((dropped, seed), []).append(float(loss.detach()))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained(front).values())
+    assert losses[0.5, 1] == [losses[0.5, 1][0]] * 2
+    assert len({losses[0.0, 1][0], losses[0.0, 2][0]}) == 1
+    assert len({losses[0.0, 1][0], losses[0.5, 1][0], losses[0.5, 2][0]}) == 3
 
 
 @BOTH

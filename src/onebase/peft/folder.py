@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from onebase.adapters import start
 from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.lora import settings_in_file
+from onebase.adapters.matching import lies_in
+from onebase.adapters.merging import plain_state
 from onebase.base.fingerprint import fingerprint
 from onebase.config.methods import Lora
 from onebase.errors import ConfigError, FileFormatError, ModelError
@@ -23,7 +25,8 @@ from onebase.files.peft_config import FORMAT_OF
 from onebase.files.peft_format import TENSORS_NAME, StoredAdapter, read_adapter
 from onebase.files.target_names import TargetNames
 from onebase.files.tensor_file import tensor_bytes
-from onebase.peft.config import PeftConfig
+from onebase.peft.config import HEADS, PeftConfig
+from onebase.peft.targets import saved_modules
 from onebase.train.opening import fitted
 from onebase.train.saving import module_paths
 
@@ -143,6 +146,27 @@ def write(
     if config.task_type is None:
         mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     stored.save_pretrained(folder, auto_mapping_dict=mapping)
+
+
+def with_head(stored: StoredAdapter, bank: Bank, config: PeftConfig, task: str | None) -> StoredAdapter:
+    """Return a stored adapter that is to be trained with the base's own head for its task beside it, if it holds none.
+
+    The configuration is completed, as for a new adapter.
+    """
+    heads = HEADS.get(task or "", ())
+    paths = [path for path in saved_modules(bank.places, heads) if not any(lies_in(n, path) for n in stored.tensors)]
+    if not paths:
+        return stored
+    warnings.warn(
+        f"{stored.folder}: holds no {', '.join(paths)}; the model's own is trained and saved with the adapter",
+        stacklevel=4,
+    )
+    config_: Any = config
+    config_.modules_to_save = [*(config_.modules_to_save or ()), *heads]
+    settings: Any = stored.settings
+    settings = settings.model_copy(update={"modules_to_save": [*(settings.modules_to_save or ()), *paths]})
+    own = {f"{path}.{name}": tensor for path in paths for name, tensor in plain_state(bank.places.module(path)).items()}
+    return replace(stored, settings=settings, tensors={**stored.tensors, **own})
 
 
 def read(folder: Path, bank: Bank) -> StoredAdapter:

@@ -224,6 +224,8 @@ class PeftModel(nn.Module):
                     raise ConfigError(
                         "a stored adapter of virtual tokens cannot be trained on, as in PEFT. Begin anew."
                     )
+                if is_trainable:
+                    stored = folder.with_head(stored, self._bank, config, self._task)
                 adapter = self._bank.add(adapter_name, stored.settings, tensors=stored.tensors)
         if adapter is None or config is None:
             folder.load_(self._bank.adapters[adapter_name], stored.tensors)

@@ -181,14 +181,20 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _saved(places: Places, config: Any) -> list[str]:
-    """Return the modules that modules_to_save means: every one whose path ends so, the outermost."""
-    ends = tuple(config.modules_to_save or ())
+def saved_modules(places: Places, names: Sequence[str]) -> list[str]:
+    """Return the modules that names in modules_to_save mean: every one whose path ends so, the outermost."""
     found: list[str] = []
     for path, module in places.modules.items():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if ends and path.endswith(ends) and not inside and any(True for _ in module.parameters()):
+        if path.endswith(tuple(names)) and not inside and any(True for _ in module.parameters()):
             found.append(path)
+    return found
+
+
+def _saved(places: Places, config: Any) -> list[str]:
+    """Return the modules that modules_to_save means; one that means none, and is no task's head, is warned about."""
+    ends = tuple(config.modules_to_save or ())
+    found = saved_modules(places, ends)
     heads = {head for several in HEADS.values() for head in several}
     for name in ends:
         if name not in heads and not any(path.endswith(name) for path in found):
