@@ -157,3 +157,18 @@ def test_without_a_mask_several_queries_are_causal_and_a_single_one_sees_everyth
     last = attention.masked_attention(query[None, :, -1:], key[None], value[None], None, rule)
     torch.testing.assert_close(whole[0], expected, **EXACT)
     torch.testing.assert_close(last[0], expected[-1:], **EXACT)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_dropout_takes_attention_weights_and_scales_what_is_left(soft_cap):
+    """With values that are one-hot the output is the weights themselves: each is 0, or twice what it was."""
+    query, key = torch.randn(2, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value = torch.eye(6, dtype=torch.float64).expand(1, 2, 6, 6)
+    rule = AttentionRule(False, soft_cap=soft_cap)
+    weights = attention.masked_attention(query, key, value, None, rule)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        found = attention.masked_attention(query, key, value, None, rule, 0.5)
+    kept = found != 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    torch.testing.assert_close(found[kept], 2 * weights[kept], **EXACT)

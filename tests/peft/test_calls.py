@@ -145,9 +145,10 @@ def _loaded_without_head(lib: Any, folder: Any) -> Any:
 
 def test_a_prefix_is_trained_while_the_model_drops_attention_weights() -> None:
     fields: dict[str, Any] = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
-    losses = {}
+    losses: dict[tuple[float, int], list[float]] = {}
     for dropped in (0.0, 0.5):
-        front = front_of(ours, "gpt2", "PrefixTuningConfig", changes={"attn_pdrop": dropped}, **fields).train()
+        changes = {"attn_pdrop": dropped, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        front = front_of(ours, "gpt2", "PrefixTuningConfig", changes=changes, **fields).train()
         fill_(front)
         for seed in (1, 1, 2):
             torch.manual_seed(seed)

@@ -54,18 +54,29 @@ def test_a_trainer_trains_exactly_the_adapter_and_saves_it(arguments, tmp_path) 
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(ours.get_peft_model_state_dict(mine))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"gradient_checkpointing": True}, {"label_smoothing_factor": 0.1}], ids=str)
-def test_losses_and_files_are_peft_s(arguments, tmp_path) -> None:
-    losses = []
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ({}, {}),
+        ({"gradient_checkpointing": True}, {"use_dora": True}),
+        ({"label_smoothing_factor": 0.1}, {}),
+        ({"gradient_accumulation_steps": 2}, {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=str,
+)
+def test_losses_predictions_and_files_are_peft_s(arguments, fields, tmp_path) -> None:
+    losses, predictions = [], []
     for lib in (peft, ours):
         trainer = trainer_of(
-            front_of(lib, "gpt2", "LoraConfig", target_modules=GPT2, task_type="CAUSAL_LM"), tmp_path / lib.__name__,
-            **arguments,
+            front_of(lib, "gpt2", "LoraConfig", target_modules=GPT2, task_type="CAUSAL_LM", **fields),
+            tmp_path / lib.__name__, **arguments,
         )  # fmt: skip
         quietly(trainer.train)
         trainer.save_model()
-        losses.append(losses_of(trainer))
+        losses.append([*losses_of(trainer), trainer.evaluate()["eval_loss"]])
+        predictions.append(torch.tensor(trainer.predict(trainer.eval_dataset).predictions[0]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(predictions[1], predictions[0], rtol=1e-4, atol=1e-5)
     assert_same_files(tmp_path / "peft", tmp_path / "onebase.peft")
 
 

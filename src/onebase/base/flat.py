@@ -91,6 +91,7 @@ def memory_attention_of(slot: Slot) -> AttentionFunction:
         attention_mask: Tensor | None,
         **arguments: Any,
     ) -> tuple[Tensor, None]:
+        dropout = float(arguments.pop("dropout", 0.0))
         rule = _rule_of(module, arguments)
         if query.shape[2] > 1 and key.shape[2] != query.shape[2] and slot.route is not None and slot.route.memories:
             raise NotFlatError(
@@ -100,7 +101,7 @@ def memory_attention_of(slot: Slot) -> AttentionFunction:
         if key.shape[2] == query.shape[2]:
             in_place = not (torch.is_grad_enabled() and (key._is_view() or value._is_view()))
             key, value = _with_memories(module, key, value, slot, in_place=in_place)
-        return masked_attention(query, key, value, attention_mask, rule), None
+        return masked_attention(query, key, value, attention_mask, rule, dropout), None
 
     return attend
 

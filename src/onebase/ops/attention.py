@@ -75,11 +75,13 @@ def masked_attention(
     value: Float[Tensor, "batch kv_heads keys dim_v"],
     mask: Bool[Tensor, "#batch #heads queries keys"] | None,
     rule: AttentionRule,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "batch queries heads dim_v"]:
     """Return softmax(scale * q k^T) v where the mask is true, for batches with a mask of their own.
 
     The mask holds causality, window and padding; None: every key, or those before a query if several are causal. A
-    query that may see nothing is padding: it sees everything, so that no row holds a NaN.
+    query that may see nothing is padding: it sees everything, so that no row holds a NaN. `dropout` of the softmax's
+    numbers are drawn to 0, from torch's global generator.
     """
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -88,12 +90,12 @@ def masked_attention(
     if mask is not None:
         mask = mask | ~mask.any(-1, keepdim=True)
     if rule.soft_cap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=rule.scale)
         return out.transpose(1, 2)
     scores = rule.soft_cap * torch.tanh(query @ key.transpose(2, 3) * (_scale(query, rule) / rule.soft_cap))
     scores = at_least_fp32(scores)
     scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-    return (torch.softmax(scores, -1).to(value.dtype) @ value).transpose(1, 2)
+    return (F.dropout(torch.softmax(scores, -1), dropout).to(value.dtype) @ value).transpose(1, 2)
 
 
 def _of_group(slots: Tensor, group: Group) -> Tensor:
