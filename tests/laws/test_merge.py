@@ -1,5 +1,7 @@
 """A merged folder is a plain model that does what base and adapter do, or it is not there; `verify` tells what is broken."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +258,49 @@ def test_generation_settings_are_written_as_they_are(tmp_path):
     model = merged_to(tmp_path / "merged", bank)
     for key in ("temperature", "top_p", "max_new_tokens", "eos_token_id"):
         assert getattr(model.generation_config, key) == getattr(own, key)
+
+
+def with_sentence_files(folder: Path, parts: dict[str, dict[str, str]]) -> dict[str, bytes]:
+    """Write what sentence-transformers keeps beside a model's weights, and return it."""
+    listed = [{"idx": i, "name": str(i), "path": part, "type": "..."} for i, part in enumerate(["", *parts])]
+    files = {"modules.json": json.dumps(listed), "sentence_bert_config.json": '{"max_seq_length": 256}'}
+    files |= {f"{part}/{name}": text for part, inside in parts.items() for name, text in inside.items()}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return {name: text.encode() for name, text in files.items()}
+
+
+def test_what_sentence_transformers_keeps_beside_an_encoder_goes_with_it_and_not_with_a_classifier(tmp_path):
+    files = with_sentence_files(tmp_path / "base", {"1_Pooling": {"config.json": "{}"}, "2_Normalize": {}})
+    encoder = tiny.model_of("bert")
+    classifier = transformers.BertForSequenceClassification(tiny.model_of("bert").config)
+    for model, there in ((encoder, files), (classifier, {})):
+        bank = Bank(Base(model.eval(), name="sentences", folder=tmp_path / "base", fingerprint="none"))
+        bank.add("own", Lora(r=2, target_modules=["query"]))
+        said: list[str] = []
+        out = tmp_path / type(model).__name__
+        merge(bank, "own", out, inputs_for(bank, ROWS), note=said.append)
+        assert {name: (out / name).read_bytes() for name in files if (out / name).exists()} == there
+        told = (
+            "with sentence-transformers' modules.json" if there else "without modules.json and what it names.*classes"
+        )
+        assert any(re.search(told, line) for line in said)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"2_Dense": {"config.json": "{}", "pytorch_model.bin": ""}}, "2_Dense/pytorch_model.bin is a pickle"),
+        ({"../other": {"config.json": "{}"}}, "'../other' in it is no folder beside it"),
+        ({"..": {}}, "'..' in it is no folder beside it"),
+    ],
+)
+def test_what_sentence_transformers_keeps_goes_whole_or_not_at_all(parts, words, tmp_path):
+    with_sentence_files(tmp_path / "base", parts)
+    bank = Bank(Base(tiny.model_of("bert"), name="sentences", folder=tmp_path / "base", fingerprint="none"))
+    bank.add("own", Lora(r=2, target_modules=["query"]))
+    said: list[str] = []
+    merge(bank, "own", tmp_path / "out", inputs_for(bank, ROWS), note=said.append)
+    assert any(words in line for line in said)
+    assert not (tmp_path / "out" / "modules.json").exists()

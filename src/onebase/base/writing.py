@@ -7,8 +7,10 @@ machine is in it. Cost: nothing but the writing; the plain model's tensors are t
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from onebase.errors import ConfigError, list_problems
 
 GENERATION_NAME = "generation_config.json"
 _BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_SENTENCES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_PARTS = (".json", ".safetensors", ".txt")  # never a pickle
 
 
 def plain_model(model: Any, state: Mapping[str, Tensor]) -> Any:
@@ -58,9 +62,44 @@ def write_model(model: Any, folder: Path, base: Base) -> None:
     clean_json(folder / "config.json", set())
     clean_json(folder / GENERATION_NAME, set())
     clean_json(folder / "tokenizer_config.json", {"is_local", "local_files_only", "name_or_path"})
-    for name in _BESIDE:
+    for name in (*_BESIDE, *sentence_files(base).taken):
         if base.folder is not None and (base.folder / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(base.folder / name, folder / name)
+
+
+@dataclass(frozen=True)
+class SentenceFiles:
+    """The files with which sentence-transformers makes vectors of a base's results, as paths in its folder."""
+
+    taken: tuple[str, ...] = ()
+    said: str = ""
+    """What to tell the user of them; empty where there are none."""
+
+
+def sentence_files(base: Base) -> SentenceFiles:
+    """Return which of these files belong to a model of the base's weights: all, or with a classifier's head none."""
+    listed = None if base.folder is None else base.folder / _SENTENCES[0]
+    if listed is None or not listed.is_file():
+        return SentenceFiles()
+    assert base.folder is not None, "the list is in it"
+    left = f"without {_SENTENCES[0]} and what it names, so sentence-transformers opens it with a pooling of its own: "
+    if "Classification" in type(base.model).__name__:
+        return SentenceFiles((), f"{left}the model gives classes, not the vectors that they make")
+    found = [name for name in _SENTENCES if (base.folder / name).is_file()]
+    try:
+        parts = [str(entry["path"]) for entry in json.loads(listed.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError) as error:
+        return SentenceFiles((), f"{left}{listed.name} is damaged ({type(error).__name__})")
+    for part in filter(None, parts):
+        if part == ".." or Path(part).name != part:
+            return SentenceFiles((), f"{left}{part!r} in it is no folder beside it")
+        inside = sorted(path for path in (base.folder / part).glob("*") if path.is_file())
+        weights = [path for path in inside if path.suffix in (".bin", ".pt", ".pkl")]
+        if weights and not any(path.suffix == ".safetensors" for path in inside):
+            return SentenceFiles((), f"{left}{part}/{weights[0].name} is a pickle, which is not written")
+        found += [f"{part}/{path.name}" for path in inside if path.suffix in _PARTS]
+    return SentenceFiles(tuple(found), f"with sentence-transformers' {', '.join(found)}")
 
 
 def _without_weights(model: Any, *, untie: bool) -> Any:

@@ -29,7 +29,7 @@ from onebase.adapters.merging import check_mergeable, merged_modules, merged_sta
 from onebase.base import memory
 from onebase.base.place import ModelPlace
 from onebase.base.pretrained import open_pretrained
-from onebase.base.writing import plain_model, write_model
+from onebase.base.writing import plain_model, sentence_files, write_model
 from onebase.errors import ConfigError, VerificationError, list_problems
 from onebase.files.atomic import ensure_writable, new_folder
 from onebase.files.peft_format import read_adapter
@@ -110,7 +110,8 @@ def merge(
     merge_seconds = time.perf_counter() - began
     note(f"verifying modules on {len(inputs)} rows")
     compared = _modules_verified(bank, name, modules, inputs)
-    note("writing")
+    said = sentence_files(bank.base).said
+    note(f"writing, {said}" if said else "writing")
     began = time.perf_counter()
     state = merged_state(bank, name, untie=True, dtype=dtype, modules=modules)
     del modules
