@@ -114,6 +114,13 @@ def test_slices_are_those_of_the_run_or_of_the_command_line_each_with_n(classifi
     assert refused.exit_code == 2 and "no row has the column 'knid'; closest is 'kind'" in refused.stderr
 
 
+def test_options_for_written_answers_are_refused_where_the_answer_is_a_class(classified: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a cat"}])
+    asked = invoke("predict", str(classified), "--data", str(rows), "--temperature", "0", "--seed", "1")
+    assert asked.exit_code == 2
+    assert "--temperature, --seed: for answers that are written token by token" in asked.stderr
+
+
 def test_rows_that_predicting_cuts_or_would_overwrite_are_told(classified: Path, tmp_path: Path) -> None:
     rows = rows_of(3)
     long = write_rows(tmp_path / "long.jsonl", [*rows, {"text": "cat " * 1000}])

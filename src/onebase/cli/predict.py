@@ -24,6 +24,7 @@ _ANSWER_ROLES = ("completion", "output", "label", "target")
 
 
 def predict(  # noqa: PLR0913 (a verb's options are its parameters)
+    context: typer.Context,
     adapter: Annotated[str, typer.Argument(help="An adapter's folder or a run's; a model, to ask it alone.")],
     data: Annotated[
         str, typer.Option(help="The rows to answer: in the shapes of training rows, answers may be missing.")
@@ -56,6 +57,7 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
     rows, own = _rows(opened, data)
     _check_column(own, column, "Give them another name: --column NAME")
     if opened.task not in TOKEN_TASKS:
+        _check_not_given(context, opened.task)
         if opened.task == "classify":
             _check_column(own, PROBABILITIES, "Rename that column.")
         label_rows(opened, rows, own, column, out)
@@ -113,6 +115,20 @@ def _rows(opened: Opened, data: str) -> tuple[Sequence["Row"], Sequence["Row"]]:
     own = list(read_rows(data))
     asked = {role: name for role, name in columns.items() if role not in _ANSWER_ROLES}
     return list(read_rows(own, columns=asked)), own
+
+
+def _check_not_given(context: typer.Context, task: str) -> None:
+    """Raise if options were given that say how text is written, for a task whose answer is no text."""
+    names = ("max_new_tokens", "temperature", "seed")
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [
+        f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: for answers that are written token by token; the adapter's task is {task}. Leave "
+            f"{'it' if len(given) == 1 else 'them'} away."
+        )
 
 
 def _check_column(rows: Sequence["Row"], column: str, todo: str) -> None:
