@@ -71,7 +71,9 @@ def train_in_fresh_process(settings: Mapping[str, Any], out: Path) -> Finished:
     log = out.with_name(f"{out.name}.log")
     began = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen(train_command(settings_path, out), stdout=file, stderr=subprocess.STDOUT)
+        # Where a bench has imported onebase, MKL's strict mode stands in its environment: a user's shell has none.
+        own = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+        process = subprocess.Popen(train_command(settings_path, out), stdout=file, stderr=subprocess.STDOUT, env=own)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - began
