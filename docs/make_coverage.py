@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.coverage_cell import NO, PART, YES, Bench, Column, Outcome, name_of, tried
+from docs.notes import Notes
 from tests import families
 
 from onebase.adapters.bank import Bank
@@ -113,19 +114,6 @@ def _one(bench: Bench, label: str, column: str, variant: tuple[type[Any], Any], 
         return tried(bench, *variant, named)
     except Exception as error:
         raise RuntimeError(f"{label} on {column} of {bench.name}: {error}") from error
-
-
-class Notes:
-    """The reasons of a page, numbered as they come."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def mark(self, text: str) -> str:
-        """Return the mark of a reason."""
-        if text not in self.texts:
-            self.texts.append(text)
-        return f"[{self.texts.index(text) + 1}]"
 
 
 def cell(found: Mapping[str, Outcome], notes: Notes) -> str:

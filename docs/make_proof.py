@@ -1,6 +1,6 @@
 """Writes docs/proof.md: what verify, merge, export and lint say of one adapter of every method, and of the benches' own.
 
-    python docs/make_proof.py --work runs/proof [--bench runs/tasks]
+    python -m docs.make_proof --work runs/proof [--bench runs/tasks]
 
 An adapter of every method is trained for a few steps on SmolLM2 (bench/methods.py lists them); BitFit, which it has no
 biases for, on MiniLM. --bench are the run folders that bench/tasks.py kept. Then each verb runs as a user runs it, in a
@@ -22,6 +22,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+from docs.notes import Notes  # noqa: E402
 from methods import METHODS  # noqa: E402 (a folder of scripts)
 
 PAGE = DOCS / "proof.md"
@@ -149,20 +150,7 @@ def run_verb(words: Sequence[str], *python: str) -> Said:
     return Said(list(words), told.stdout, told.stderr, told.returncode)
 
 
-class Reasons:
-    """The errors of a page, numbered as they come."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def mark(self, text: str) -> str:
-        """Return the mark of an error."""
-        if text not in self.texts:
-            self.texts.append(text)
-        return f"[{self.texts.index(text) + 1}]"
-
-
-def cells(name: str, said: dict[str, Said], reasons: Reasons) -> list[str]:
+def cells(name: str, said: dict[str, Said], reasons: Notes) -> list[str]:
     """Return what each verb said of an adapter in a word and a figure."""
 
     def of(verb: str, pattern: str) -> str:
@@ -195,7 +183,7 @@ def cells(name: str, said: dict[str, Said], reasons: Reasons) -> list[str]:
 
 def page(asked: dict[str, dict[str, Said]], damaged: Said) -> str:
     """Return the page."""
-    reasons = Reasons()
+    reasons = Notes()
     head = ["adapter", "verify", "merge", "export --portable", "export --gguf", "loads in (lint)"]
     lines = [head, ["---"] * len(head), *(cells(name, said, reasons) for name, said in asked.items())]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -206,7 +194,7 @@ def page(asked: dict[str, dict[str, Said]], damaged: Said) -> str:
 
 What `verify`, `merge`, `export` and `lint` say of an adapter of every method, trained for {STEPS} steps of {ROWS} rows of
 `examples/data` on SmolLM2-135M-Instruct (BitFit on MiniLM, since SmolLM2 has no biases), and of the adapters that
-`bench/tasks.py` trained. Made by `python docs/make_proof.py --work runs/proof --bench runs/tasks`.
+`bench/tasks.py` trained. Made by `python -m docs.make_proof --work runs/proof --bench runs/tasks`.
 
 The figures are the largest differences that were found: of merged and reloaded results as a share of the largest, of the
 portable adapter's outputs likewise, of the numbers in the GGUF file. A check that has no meaning for an adapter says

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from docs import coverage_cell, make_coverage
+from docs.notes import Notes
 
 from onebase.adapters.build import BUILDERS
 from onebase.adapters.merging import merged_state
@@ -109,7 +110,7 @@ def told(text: str, reasons: list[str]) -> str:
     "family", [f if f == "any module" else pytest.param(f, marks=pytest.mark.slow) for f in families.FAMILIES]
 )
 def test_the_page_says_what_trying_says_now(family: str) -> None:
-    notes = make_coverage.Notes()
+    notes = Notes()
     table = told(make_coverage.section(family, notes), notes.texts)
     reasons = re.findall(r"^- \[\d+\] (.*)\.$", WRITTEN, re.M)
     [written] = [part for part in told(WRITTEN, reasons).split("\n\n## ") if part.lower().startswith(f"{family}\n")]
@@ -117,7 +118,7 @@ def test_the_page_says_what_trying_says_now(family: str) -> None:
 
 
 def test_around_its_tables_the_page_says_what_it_says_now() -> None:
-    notes = make_coverage.Notes()
+    notes = Notes()
     notes.texts = re.findall(r"^- \[\d+\] (.*)\.$", WRITTEN, re.M)
     tables = re.findall(r"^## .*?\n\nTried on .*?(?=\n\n## )", WRITTEN, re.M | re.S)
     assert len(tables) == len(families.FAMILIES)

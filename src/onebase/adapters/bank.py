@@ -164,10 +164,8 @@ class Bank:
         if built.heads:
             saved = [*(settings.modules_to_save or ()), *built.heads]
             settings = settings.model_copy(update={"modules_to_save": saved})
-        notes = (
-            (self.base.head_note,) if self.base.head_note and tensors is None else ()
-        )  # a trained one has its own head
-        warnings = (*notes, *built.warnings)
+        begins_with_its_head = bool(self.base.head_note) and tensors is None  # what is trained already has its own
+        warnings = (*([self.base.head_note] if begins_with_its_head else []), *built.warnings)
         adapter = Adapter(name, settings, seed, built.parts, built.target_paths, warnings, built.virtual_tokens)
         native = self.base.layout_kind == "native" and not self._keys_dropout
         if adapter.drops_out and tensors is None and native:
