@@ -279,6 +279,8 @@ def test_a_row_of_the_test_file_that_says_nothing_is_named(shop: Path, tmp_path:
         ("chat", {"train": {"loss": "cross_entropy"}}, "'cross_entropy' is no loss of task 'chat'"),
         ("regress", {"data": {"columns": {"label": "n"}}}, "task 'regress' has no such role; its rows have 'text' and"),
         ("regress", {"data": {"label_names": ["a", "b"]}}, "is for task: classify, but task is 'regress'"),
+        ("classify", {"data": {"label_names": ["a", "b", "a"]}}, "data.label_names: names 'a' twice"),
+        ("classify", {"data": {"label_names": ["a"]}}, "data.label_names: must be a list of at least 2, got ['a']"),
         ("classify", {"data": {"system": "Be brief."}}, "is for chats, but task is 'classify'"),
         ("text", {"eval": {"slices": ["kind"]}}, "eval.slices: is for classify and regress, but task is 'text'"),
     ],
@@ -302,6 +304,19 @@ def test_one_class_alone_is_refused(shop: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "one.jsonl", [{**row, "label": "cat"} for row in rows_of(6)])
     done = invoke("train", settings(shop, "classify", data={"train": str(rows)}), "--out", tmp_path / "run")
     assert done.exit_code == 2 and "every row has the label 'cat'" in done.stderr
+
+
+def test_one_target_alone_is_refused(shop: Path, tmp_path: Path) -> None:
+    same = write_rows(tmp_path / "same.jsonl", [{**row, "target": 3} for row in rows_of(6)])
+    done = invoke("train", settings(shop, "regress", data={"train": str(same)}), "--out", tmp_path / "run")
+    assert done.exit_code == 2 and "same.jsonl: every row has the 'target' 3" in " ".join(done.stderr.split())
+
+
+def test_a_slice_that_is_not_there_is_told_before_the_training(shop: Path, tmp_path: Path) -> None:
+    done = invoke("train", settings(shop, "classify", eval={"slices": ["knid"]}), "--out", tmp_path / "run")
+    assert done.exit_code == 2 and "eval.slices: no row has the column 'knid'; closest is 'kind'" in " ".join(
+        done.stderr.split()
+    )
 
 
 def test_a_preview_shows_each_rows_label(shop: Path) -> None:

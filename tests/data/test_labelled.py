@@ -29,7 +29,7 @@ def rows_of(*values: Any, name: str = "label") -> Any:
         (["10", "9", "-2"], ("-2", "9", "10"), "single_label_classification"),
         ([True, False], ("False", "True"), "single_label_classification"),
         ([["dog"], [], ["cat", "dog"]], ("cat", "dog"), "multi_label_classification"),
-        ([["dog"]], ("dog",), "multi_label_classification"),
+        ([["dog"], []], ("dog",), "multi_label_classification"),
     ],
 )
 def test_the_classes_are_those_of_the_rows_in_their_order(values, names, problem) -> None:
@@ -50,11 +50,27 @@ def test_classes_that_are_named_keep_their_order_and_numbers_need_no_names() -> 
         ([[0.0, 1.0], []], r"no row's 'label' holds a class: .* the first is \[0\.0, 1\.0\]"),
         ([[], []], r"no row's 'label' holds a class: .* the first is \[\]"),
         (["dog", ["cat"]], r"a list in some rows and a single class in others"),
+        ([["dog", "cat"], ["dog", "cat"]], r"every row has the label \['dog', 'cat'\]: .* nothing to learn"),
+        ([True, 0], r"a truth value in some rows and a whole number in others"),
+        (["dog", "cat", "dog "], r"labels 'dog' and 'dog ' differ in nothing but blanks"),
     ],
 )
 def test_rows_without_classes_to_learn_are_refused(values, said) -> None:
     with pytest.raises(DataError, match=said):
         find_labels(rows_of(*values), "classify")
+
+
+def test_rows_that_cannot_be_read_are_told_before_what_the_others_lack(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label":\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: not valid JSON(?s:.*)no row has a 'label'"):
+        find_labels(read_rows(path), "classify")
+
+
+def test_a_long_label_is_told_in_short() -> None:
+    with pytest.raises(DataError) as told:
+        build_examples(rows_of("z" * 50_000), byte_tokenizer(), task=ONE)
+    assert len(str(told.value)) < 500
 
 
 def test_a_row_becomes_its_tokens_and_the_number_of_its_class() -> None:
@@ -79,6 +95,7 @@ def test_a_long_text_loses_its_end_and_is_counted() -> None:
     [
         (ONE, "label", "dgo", r"label 'dgo' is none of the 2 classes that are learned \(cat, dog\); closest is 'dog'"),
         (ONE, "label", None, r"'label' is missing"),
+        (ONE, "label", "  ", r"'label' must be a name or a whole number, got '  '"),
         (ONE, "label", ["dog"], r"'label' must be one class, got list"),
         (ONE, "label", 1.5, r"'label' must be a name or a whole number, got 1\.5"),
         (SEVERAL, "label", ["dog", "cat", "dog"], r"'label' holds 'dog' twice\. .* not a 0 or 1 for every class"),
@@ -86,8 +103,10 @@ def test_a_long_text_loses_its_end_and_is_counted() -> None:
         (NUMBER, "target", "tall", r"'target' must be a number, got 'tall'"),
         (NUMBER, "target", float("nan"), r"'target' must be a finite number, got nan"),
         (NUMBER, "target", float("inf"), r"'target' must be a finite number, got inf"),
-        (NUMBER, "target", True, r"'target' must be a finite number, got True"),
+        (NUMBER, "target", True, r"'target' must be a finite number, got true"),
         (NUMBER, "target", None, r"'target' is missing"),
+        (NUMBER, "target", 10**400, r"'target' must be a number, got 1000"),
+        (NUMBER, "target", 1e39, r"'target' must be at most 1e\+18 in size, .* got 1e\+39"),
     ],
 )
 def test_a_row_that_says_nothing_to_learn_is_a_bad_row_with_its_place(labels, name, value, said) -> None:

@@ -41,7 +41,7 @@ def preview(
     place = locate(settings.model, revision=settings.revision)
     tokenizer, max_length = open_tokenizer(place, trust_remote_code=settings.trust_remote_code)
     reader = _Reader(settings.model, tokenizer, max_length, labels_in(settings.data, settings.task))
-    data = load_data(settings.data, settings.task, reader, virtual_tokens_of(settings.adapter))
+    data = load_data(settings.data, settings.task, reader, virtual_tokens_of(settings.adapter), settings.eval.slices)
     if as_json:
         examples = data.train.examples
         shown = [example_fields(examples[number], tokenizer) for number in range(min(rows, len(examples)))]

@@ -26,7 +26,7 @@ _BOUNDS = {
     "less_than_equal": "at most {le}",
     "finite_number": "a finite number",
     "string_too_short": "text that is not empty",
-    "too_short": "a list that is not empty",
+    "too_short": "a list of at least {min_length}",
 }
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 _INNER = {

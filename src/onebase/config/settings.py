@@ -6,6 +6,7 @@ settings default to None, and None is never written to a file.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -261,6 +262,10 @@ def _of_other_tasks(task: object, data: object, train: object, evaluation: objec
         if given(data, name):
             yield Problem(("data", name), f"is for chats, but task is {show(task)}. Remove it, or write task: chat")
     yield from _of_other_rows(task, take(data, "columns"))
+    names = take(data, "label_names")
+    twice = [name for name, count in Counter(map(str, names if isinstance(names, list) else ())).items() if count > 1]
+    if twice:
+        yield Problem(("data", "label_names"), f"names {show(twice[0])} twice; every class has one name. Remove one.")
     if given(data, "label_names") and task != "classify":
         yield Problem(("data", "label_names"), f"is for task: classify, but task is {show(task)}. Remove it.")
     loss = take(train, "loss")

@@ -11,19 +11,22 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from onebase.config.labels import Labels
+from onebase.config.section import show
 from onebase.data.examples import Example, Examples, Report
 from onebase.data.rows import BadRow, Fault, Row
 from onebase.data.shapes import text_of
 from onebase.data.tokens import Tokenizer, encode
 from onebase.errors import DataError, list_problems
 
+LARGEST_TARGET = 1e18
 _SHOWN_CLASSES = 8
+_COMPARED = 200
 
 
 def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> Labels:
@@ -32,47 +35,102 @@ def find_labels(rows: Iterable[Row], task: str, names: Sequence[str] = ()) -> La
     Otherwise they are those of the rows: numbers in their order, names in the alphabet's.
 
     Raises:
-        DataError: no row has a label, all have the same one, or some have a list of them and others have not.
+        DataError: no row has a label, all have the same, or labels of two kinds; the first row that cannot be read.
     """
     if task == "regress":
         return Labels("regression")
-    found: dict[str, None] = {}
-    lists = set()
-    first: Any = None
+    seen = _Seen()
     for row in rows:
-        value = None if row.fault else row.values.get("label")
+        seen.take(row)
+    problem = seen.problem(named=bool(names))
+    if problem:
+        raise DataError(problem if seen.fault is None else f"{seen.fault}\nOf the other rows: {problem}")
+    several = seen.lists == {True}
+    return Labels(
+        "multi_label_classification" if several else "single_label_classification", tuple(names or seen.names)
+    )
+
+
+@dataclass
+class _Seen:
+    """What the labels of rows are, taken row by row."""
+
+    classes: dict[str, None] = field(default_factory=dict)
+    lists: set[bool] = field(default_factory=set)
+    kinds: set[bool] = field(default_factory=set)
+    """Whether whole numbers among the classes are truth values."""
+    first: Any = None
+    alike: bool = True
+    """Whether all rows have what the first has."""
+    fault: str | None = None
+    """The first row that could not be read, with its place."""
+
+    def take(self, row: Row) -> None:
+        """Add what a row's label says; the first fault is kept."""
+        if row.fault is not None:
+            self.fault = self.fault or f"{row.place}: {row.fault.message}"
+            return
+        value = row.values.get("label")
         if value is None:
-            continue
-        lists.add(isinstance(value, list))
-        first = value if first is None else first
+            return
+        self.lists.add(isinstance(value, list))
+        self.first = value if self.first is None else self.first
+        self.alike = self.alike and value == self.first
         for one in value if isinstance(value, list) else [value]:
             if _is_label(one):
-                found[str(one)] = None
-    if len(lists) > 1:
-        raise DataError(
-            "'label' is a list in some rows and a single class in others. Write it one way: a list in every row means "
-            "that a row may have several classes."
-        )
-    if first is None:
-        raise DataError("no row has a 'label'. Name the column: data.columns: {label: COLUMN}")
-    if not names:
-        numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in found)  # also as CSV has them
-        names = sorted(found, key=(lambda name: (int(name), name)) if numbers else str)
-        if not names:
-            raise DataError(
-                "no row's 'label' holds a class: it must be a name, a whole number or a truth value, or a list of them; "
-                f"the first is {first!r}. Name another column: data.columns: {{label: COLUMN}}"
+                self.classes[str(one)] = None
+            if isinstance(one, int):
+                self.kinds.add(isinstance(one, bool))
+
+    @property
+    def names(self) -> list[str]:
+        """The classes: numbers in their order, also as CSV has them, and names in the alphabet's."""
+        numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in self.classes)
+        return sorted(self.classes, key=(lambda name: (int(name), name)) if numbers else str)
+
+    def problem(self, *, named: bool) -> str | None:
+        """Return what keeps the rows from saying what is learned; where classes are `named`, not all need to be there."""
+        if len(self.lists) > 1:
+            return (
+                "'label' is a list in some rows and a single class in others. Write it one way: a list in every row means "
+                "that a row may have several classes."
             )
-        if len(names) < 2 and lists != {True}:
-            raise DataError(
-                f"every row has the label {names[0]!r}: with one class there is nothing to learn. Add rows "
+        if self.first is None:
+            return "no row has a 'label'. Name the column: data.columns: {label: COLUMN}"
+        if named:
+            return None
+        if not self.classes:
+            return (
+                "no row's 'label' holds a class: it must be a name, a whole number or a truth value, or a list of them; "
+                f"the first is {show(self.first)}. Name another column: data.columns: {{label: COLUMN}}"
+            )
+        if self.alike or (len(self.classes) < 2 and self.lists == {False}):
+            return (
+                f"every row has the label {show(self.first)}: with one class there is nothing to learn. Add rows "
                 "of other classes, or name them all: data.label_names"
             )
-    return Labels("multi_label_classification" if lists == {True} else "single_label_classification", tuple(names))
+        if len(self.kinds) > 1:
+            return (
+                "'label' is a truth value in some rows and a whole number in others, which would be different classes. "
+                "Write it one way."
+            )
+        return self._nearly_twice()
+
+    def _nearly_twice(self) -> str | None:
+        """Return what to do where two classes differ in nothing but blanks around them."""
+        plain: dict[str, str] = {}
+        for name in self.classes:
+            other = plain.setdefault(name.strip(), name)
+            if other != name:
+                return (
+                    f"labels {show(other)} and {show(name)} differ in nothing but blanks around them. Remove the blanks from "
+                    "the rows; if they are different classes, name them all: data.label_names"
+                )
+        return None
 
 
 def _is_label(value: Any) -> bool:
-    return isinstance(value, str | int) and value != ""
+    return isinstance(value, int) or (isinstance(value, str) and value.strip() != "")
 
 
 @dataclass(frozen=True)
@@ -140,7 +198,7 @@ class Labelled:
             if target[number]:
                 raise BadRow(
                     "a class twice",
-                    f"'label' holds {one!r} twice. Write the names or numbers of a row's classes, each once, not a 0 or 1 "
+                    f"'label' holds {show(one)} twice. Write the names or numbers of a row's classes, each once, not a 0 or 1 "
                     "for every class.",
                 )
             target[number] = 1
@@ -149,17 +207,21 @@ class Labelled:
     def _class(self, value: Any) -> int:
         names = self.labels.names
         if not _is_label(value):
-            raise BadRow("a label of the wrong type", f"'label' must be a name or a whole number, got {value!r}.")
+            raise BadRow("a label of the wrong type", f"'label' must be a name or a whole number, got {show(value)}.")
         if str(value) in names:
             return names.index(str(value))
-        close = difflib.get_close_matches(str(value), names, 1)
-        some = ", ".join(names[:_SHOWN_CLASSES]) + (", ..." if len(names) > _SHOWN_CLASSES else "")
+        close = difflib.get_close_matches(str(value)[:_COMPARED], names, 1)  # its time grows with the square
+        some = ", ".join(map(_short, names[:_SHOWN_CLASSES])) + (", ..." if len(names) > _SHOWN_CLASSES else "")
         raise BadRow(
             "an unknown label",
-            f"label {str(value)!r} is none of the {len(names)} classes that are learned ({some})"
-            f"{f'; closest is {close[0]!r}' if close else ''}. Correct it, add rows of it to data.train, or set "
+            f"label {show(str(value))} is none of the {len(names)} classes that are learned ({some})"
+            f"{f'; closest is {show(close[0])}' if close else ''}. Correct it, add rows of it to data.train, or set "
             "data.on_bad_row: skip.",
         )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:37] + "..."
 
 
 def _number(value: Any) -> float:
@@ -168,10 +230,16 @@ def _number(value: Any) -> float:
         raise BadRow("no target", "'target' is missing. Name its column: data.columns: {target: COLUMN}")
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        raise BadRow("a target that is no number", f"'target' must be a number, got {value!r}.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise BadRow("a target that is no number", f"'target' must be a number, got {show(value)}.") from None
     if not math.isfinite(number):
-        raise BadRow("a target that is no number", f"'target' must be a finite number, got {value!r}.")
+        raise BadRow("a target that is no number", f"'target' must be a finite number, got {show(value)}.")
+    if abs(number) > LARGEST_TARGET:
+        raise BadRow(
+            "a target that is too large",
+            f"'target' must be at most {LARGEST_TARGET:g} in size, for its square must be a number of fp32, got {show(value)}. "
+            "Scale the targets.",
+        )
     return number
 
 

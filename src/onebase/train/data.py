@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from onebase.config.labels import Labels
 from onebase.config.settings import DEFAULT_MAX_LENGTH, SHORTEST_MAX_LENGTH, DataPart, DataSettings
 from onebase.data.building import build_examples
@@ -14,7 +16,8 @@ from onebase.data.examples import Examples, Report
 from onebase.data.labelled import find_labels
 from onebase.data.reading import read_rows
 from onebase.data.rows import Row, split_by_hash
-from onebase.errors import ConfigError, ModelError
+from onebase.errors import ConfigError, DataError, ModelError
+from onebase.measure.judge import members_of
 
 WHOLE_EXAMPLES = ("classify", "regress")
 """The tasks whose labels are of whole examples."""
@@ -72,13 +75,17 @@ def labels_in(settings: DataSettings, task: str) -> Labels | None:
     return find_labels(_rows(settings.train, settings), task, settings.label_names or ())
 
 
-def load_data(settings: DataSettings, task: str, base: Reader, virtual_tokens: int = 0) -> TrainingData:
+def load_data(
+    settings: DataSettings, task: str, base: Reader, virtual_tokens: int = 0, slices: Sequence[str] = ()
+) -> TrainingData:
     """Return the training and validation examples that the settings name, all rows checked.
 
-    `virtual_tokens` are the adapter's own before every example; they count into its length.
+    `virtual_tokens` are the adapter's own before every example; they count into its length. `slices` are the columns by
+    which a run without test rows is going to be measured.
 
     Raises:
         DataError: a file or rows that cannot be used.
+        ConfigError: no row has one of the columns, or it has too many values for slices.
     """
 
     def made(rows: Iterable[Row], names: tuple[str, ...]) -> Prepared:
@@ -93,8 +100,26 @@ def load_data(settings: DataSettings, task: str, base: Reader, virtual_tokens: i
     elif settings.valid is not None:
         valid = made(_rows(settings.valid, settings), _names(settings.valid))
     else:
-        return TrainingData(made(rows, names), None)
-    return TrainingData(made(rows, names), valid)
+        valid = None
+    train = _varied(made(rows, names))
+    if settings.test is None and slices:
+        members_of((valid or train).examples, slices)
+    return TrainingData(train, valid)
+
+
+def _varied(train: Prepared) -> Prepared:
+    """Return what is learned from, if there is something to learn: numbers that are not all the same.
+
+    Raises:
+        DataError: they are.
+    """
+    targets = train.examples.targets
+    if targets is not None and np.issubdtype(targets.dtype, np.floating) and targets.ndim == 1 and np.ptp(targets) == 0:
+        raise DataError(
+            f"{', '.join(train.files)}: every row has the 'target' {targets[0]:g}, so there is nothing to learn. Add rows with "
+            "other targets, or name another column: data.columns: {target: COLUMN}"
+        )
+    return train
 
 
 def load_rows(source: Any, settings: DataSettings, task: str, base: Reader, virtual_tokens: int = 0) -> Prepared:

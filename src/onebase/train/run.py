@@ -111,7 +111,7 @@ def _prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]
     )
     bank = Bank(base)
     adapter = add_adapter(bank, settings)
-    data = load_data(settings.data, settings.task, base, adapter.virtual_tokens)
+    data = load_data(settings.data, settings.task, base, adapter.virtual_tokens, settings.eval.slices)
     progress.loaded(data)
     job = Job(
         bank,
