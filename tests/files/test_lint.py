@@ -9,13 +9,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from onebase.adapters.bank import Bank
 from onebase.base.model import Base
 from onebase.config.methods import BitFit, Bottleneck, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
 from onebase.errors import ConfigError, FileFormatError
 from onebase.files.lint import lint
+from onebase.files.peft_format import read_adapter
 from onebase.files.serving import FACTS, PROPERTIES, TOOLS
 from onebase.train import saving
 from tests.tiny import fill_, model_of
@@ -153,7 +154,7 @@ def test_a_rank_above_the_default_names_the_flag(r: int, verdict: str, todo: str
     [
         ({"init_lora_weights": "pissa_niter_4"}, "vllm", "loads wrong"),
         ({"alora_invocation_tokens": [1]}, "vllm", "loads wrong"),
-        ({"target_modules": "model.*q_proj"}, "sglang", "refused"),
+        ({"target_modules": "model.*[qv]_proj"}, "sglang", "refused"),
         ({"peft_type": "LOKR"}, "llama.cpp", "refused"),
         ({"peft_type": "LOKR"}, "transformers", "loads"),
     ],
@@ -187,6 +188,38 @@ def test_damage_and_unknown_tools_are_told(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(FileFormatError, match="the file is missing"):
         lint(folder, ["vllm"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank_pattern": [1]}, "rank_pattern must be an object"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern must be an object"),
+        ({"target_modules": ["q_proj"]}, r"2 of 4 pairs lie on modules that target_modules .* does not mean"),
+        ({"layers_to_transform": [0]}, r"2 of 4 pairs lie on modules that target_modules .* does not mean"),
+    ],
+)
+def test_a_config_that_is_not_the_tensors_is_told_by_lint_and_by_whoever_reads_the_adapter(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    folder = small(tmp_path / "a", **changes)
+    with pytest.raises(FileFormatError, match=told):
+        lint(folder, ["transformers"])
+    with pytest.raises(FileFormatError, match=told.replace(" must", ": must")):
+        read_adapter(folder)
+
+
+def test_a_file_without_all_of_its_tensors_is_told(tmp_path: Path) -> None:
+    folder = small(tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    tensors, content = load_file(path), path.read_bytes()
+    path.write_bytes(content[:-50])
+    with pytest.raises(FileFormatError, match="damaged, or no safetensors file"):
+        lint(folder, ["transformers"])
+    for kept, told in (({}, "there is no tensor"), (dict([*tensors.items()][1:]), "has half a pair, lora_B alone")):
+        save_file(kept, path)
+        with pytest.raises(FileFormatError, match=told):
+            lint(folder, ["transformers"])
 
 
 def test_the_table_speaks_of_its_own_tools_and_properties() -> None:

@@ -6,9 +6,7 @@ of every pair is computed as the tool computes it and compared with the one it w
 cancel out (a rank_pattern and an alpha_pattern in proportion) are no fault.
 """
 
-import json
 import re
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,9 @@ from typing import Any
 
 from onebase.adapters.matching import for_path
 from onebase.errors import ConfigError, FileFormatError
-from onebase.files.json_file import is_number, read_json
+from onebase.files.json_file import read_json
 from onebase.files.lora_format import CHANGES_BASE, LORA, word
-from onebase.files.method_format import is_count
-from onebase.files.peft_config import CONFIG_NAME
+from onebase.files.peft_config import CONFIG_NAME, beside_targets
 from onebase.files.peft_format import TENSORS_NAME, find_adapter
 from onebase.files.serving import FACTS, PORTABLE, TOOLS, VLLM_RANKS, Fact, Scales, Tool, Verdict, peft_scale
 
@@ -28,6 +25,10 @@ _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<letter>[
 _VIRTUAL = {
     "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
 }  # fmt: skip
+_JUDGED_BY = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern",
+)  # fmt: skip
 _HEADS = ("lm_head", "embed_out", "output")
 _ORDER: Sequence[Verdict] = ("loads", "loads wrong", "refused")
 _SHOWN = 3
@@ -66,7 +67,7 @@ def lint(path: Path, tools: Iterable[str]) -> list[Finding]:
     header = read_header(find_adapter(path))
     has = properties(header)
     scales = scales_of(header) if header.config.get("peft_type") == "LORA" else {}
-    _check_ranks(header, scales)
+    _check_pairs(header, scales)
     return [_judged(TOOLS[name], path, has, scales) for name in wanted]
 
 
@@ -82,10 +83,8 @@ def read_header(folder: Path) -> Header:
             f"{folder / CONFIG_NAME}: peft_type must be text, got {config.get('peft_type')!r}. {_TODO}"
         )
     if config["peft_type"] == "LORA":
-        for name, fits, rule in (
-            ("r", is_count, "a whole number from 1"),
-            ("lora_alpha", is_number, "a number"),
-        ):
+        for name in _JUDGED_BY:
+            fits, rule = LORA.rules[name]
             if not fits(config.get(name)):
                 raise FileFormatError(
                     f"{folder / CONFIG_NAME}: {name} must be {rule}, got {config.get(name)!r}. {_TODO}"
@@ -95,15 +94,18 @@ def read_header(folder: Path) -> Header:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a safetensors file, from its header."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileFormatError(f"{path}: the file is missing. {_TODO}")
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            content = json.loads(file.read(min(length, path.stat().st_size)))
-        return {name: tuple(fields["shape"]) for name, fields in sorted(content.items()) if name != "__metadata__"}
-    except FileNotFoundError as error:
-        raise FileFormatError(f"{path}: the file is missing. {_TODO}") from error
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
         raise FileFormatError(f"{path}: damaged, or no safetensors file: {error}. {_TODO}") from error
+    if not shapes:
+        raise FileFormatError(f"{path}: there is no tensor, so the adapter would change nothing. {_TODO}")
+    return shapes
 
 
 def properties(header: Header) -> dict[str, str]:
@@ -175,8 +177,16 @@ def scales_of(header: Header) -> dict[str, Scales]:
     return found
 
 
-def _check_ranks(header: Header, scales: Mapping[str, Scales]) -> None:
-    """Raise where a pair has another rank than the config gives it: no tool could tell the scale it was trained with."""
+def _check_pairs(header: Header, scales: Mapping[str, Scales]) -> None:
+    """Raise where pairs are not what the config says: no tool could tell the scale, or the modules, they were trained with."""
+    file = header.folder / TENSORS_NAME
+    halves: dict[str, set[str]] = {}
+    for match in filter(None, map(_PAIR.fullmatch, header.shapes)):
+        halves.setdefault(match["module"].removeprefix("base_model.model."), set()).add(match["letter"])
+    if half := [path for path, letters in halves.items() if len(letters) == 1]:
+        raise FileFormatError(f"{file}: {half[0]} has half a pair, lora_{halves[half[0]].pop()} alone. {_TODO}")
+    if header.config["peft_type"] == "LORA" and (problem := beside_targets(header.config, halves)):
+        raise FileFormatError(f"{file}: {problem} {_TODO}")
     ranks = header.config.get("rank_pattern") or {}
     wrong = [
         f"{path} has rank {of.r}, {CONFIG_NAME} says {for_path(ranks, path, of.common_r)}"
@@ -185,7 +195,7 @@ def _check_ranks(header: Header, scales: Mapping[str, Scales]) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 1} more pairs differ" if len(wrong) > 1 else ""
-        raise FileFormatError(f"{header.folder / TENSORS_NAME}: {wrong[0]}{more}. {_TODO}")
+        raise FileFormatError(f"{file}: {wrong[0]}{more}. {_TODO}")
 
 
 def _judged(tool: Tool, path: Path, has: Mapping[str, str], scales: Mapping[str, Scales]) -> Finding:

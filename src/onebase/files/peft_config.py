@@ -5,7 +5,7 @@ nobody here knows is mentioned unless it holds nothing (null, false, 0, "", [], 
 are in its format (lora_format.py, other_formats.py); here is what they share. No torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,29 @@ def stored_targets(config: Mapping[str, Any]) -> TargetNames:
         _fixed(config.get("exclude_modules")),
         _fixed(config.get("layers_to_transform")),
         _fixed(config.get("layers_pattern")),
+    )
+
+
+def beside_targets(config: Mapping[str, Any], paths: Iterable[str]) -> str | None:
+    """Return what is wrong where pairs lie on modules that target_modules does not mean: PEFT leaves those out silently.
+
+    Fields that mean more than the names say (target_parameters, tied weights, "all-linear") are believed.
+    """
+    names = config.get("target_modules")
+    if (
+        config.get("target_parameters")
+        or config.get("ensure_weight_tying")
+        or (isinstance(names, str) and names.lower() == "all-linear")
+    ):
+        return None
+    fields, paths = stored_targets(config), sorted(paths)
+    beside = [path for path in paths if not fields.matches(path)]
+    if not beside:
+        return None
+    more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+    return (
+        f"{len(beside)} of {len(paths)} pairs lie on modules that target_modules in {CONFIG_NAME} does not mean, so that peft "
+        f"would leave them out: {beside[0]}{more}. Name in target_modules what the adapter was trained on."
     )
 
 

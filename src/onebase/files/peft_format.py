@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onebase.config.methods import AdapterSettings
+from onebase.config.methods import AdapterSettings, Lora
 from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.files.atomic import new_folder, read_steadily, recover, write_synced
 from onebase.files.json_file import to_json
 from onebase.files.method_format import Placement
 from onebase.files.model_card import CARD_NAME
-from onebase.files.peft_config import CONFIG_NAME, FORMAT_OF, config_for, read_config, settings_of
+from onebase.files.peft_config import CONFIG_NAME, FORMAT_OF, beside_targets, config_for, read_config, settings_of
 from onebase.files.record import RECORD_NAME, AdapterRecord, read_record
 from onebase.files.tensor_file import read_tensors, write_tensors
 from onebase.files.tensor_names import name_tensors, tensor_problems
@@ -172,6 +172,9 @@ def _read(folder: Path) -> StoredAdapter:
     config, form, notes = read_config(folder)
     named = name_tensors(form, config, stored_tensors(folder))
     problems = named.problems or tensor_problems(form, config, named.content.tensors)
+    if form.settings is Lora and not problems:
+        pairs = (name.partition(".lora_A.") for name in named.content.tensors)
+        problems = [*filter(None, [beside_targets(config, [path for path, found, _ in pairs if found])])]
     if problems:
         told = [f"{problem} {_TODO}" for problem in problems]
         raise FileFormatError(list_problems(str(folder / TENSORS_NAME), told, shown=_SHOWN))
