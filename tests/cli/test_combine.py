@@ -147,6 +147,13 @@ BOTH = ("run", "other")
         ((*BOTH, "--weights", "1"), ["--weights: must be 2 numbers", "got 1. For example --weights 0.5,0.5"]),
         ((*BOTH, "--weights", "1;2"), ["--weights: must be 2 numbers", "got '1;2'"]),
         ((*BOTH, "--weights", "0,0"), ["--weights: all are 0"]),
+        (("run", "run", "--weights", "1,-1"), ["with weights 1, -1 nothing is left of them (cat)"]),
+        (("run", "run", "--weights", "1,-1", "--how", "svd"), ["nothing is left of them (svd)"]),
+        ((*BOTH, "--weights", "1,1", "--how", "dare_linear", "--density", "1e-7"), ["nothing is left of them (dare_l"]),
+        (
+            (*BOTH, "--weights", "1,1", "--majority-sign-method", "total"),
+            ["--majority-sign-method: cat elects no sign"],
+        ),
         ((*BOTH, "--weights", "1,nan"), ["--weights: must be finite numbers, got nan"]),
         ((*BOTH, "--weights", "1,1", "--how", "tie"), ["--how: 'tie' is no way to combine; closest is 'ties'"]),
         ((*BOTH, "--weights", "1,1", "--how", "ties"), ["--density: ties needs it"]),

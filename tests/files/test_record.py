@@ -31,6 +31,9 @@ def test_a_field_that_a_later_onebase_added_does_no_harm(tmp_path):
         ({"base": ""}, "base: must be text"),
         ({"seed": 1.5}, "seed: must be a whole number or null, got 1.5"),
         ({"base_fingerprint": 7}, "base_fingerprint: must be text or null"),
+        ({"labels": {"problem": "regression", "names": ["a"]}}, "labels: must be the problem and the names"),
+        ({"labels": {"problem": "single_label_classification", "names": ["a", "a"]}}, "each name once, or null"),
+        ({"labels": {"problem": "single_label_classification", "names": []}}, "labels: must be the problem and"),
         ({"schema_version": 9}, "written by a newer onebase"),
         ({"schema_version": None}, "schema_version must be"),
     ],
@@ -40,3 +43,17 @@ def test_a_wrong_field_is_named_with_what_to_do(tmp_path, changes, words):
     with pytest.raises(FileFormatError, match=words) as error:
         read_record(tmp_path)
     assert str(tmp_path / RECORD_NAME) in str(error.value)
+
+
+def test_classes_in_another_order_than_transformers_reads_are_refused(tmp_path):
+    labels = {"problem": "single_label_classification", "names": ["cat", "dog"]}
+    (tmp_path / RECORD_NAME).write_text(record(labels=labels).to_text())
+    for names, fits in ((["cat", "dog"], True), (["dog", "cat"], False)):
+        (tmp_path / "config.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
+        if fits:
+            assert read_record(tmp_path) == record(labels=labels)
+            continue
+        with pytest.raises(
+            FileFormatError, match=r"names the classes \['cat', 'dog'\], config\.json beside it \['dog', 'cat'\]"
+        ):
+            read_record(tmp_path)

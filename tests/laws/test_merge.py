@@ -233,6 +233,15 @@ def test_results_that_are_not_numbers_are_never_within_bounds(tmp_path, monkeypa
         merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
 
 
+def test_an_adapter_that_gives_no_numbers_itself_is_said_to_be_so(tmp_path):
+    bank = bank_with("llama", Lora, r=4)
+    for _, parameter in bank.adapters["own"].parameters():
+        parameter.data.mul_(1e30)
+    with pytest.raises(VerificationError, match=r"base and adapter give results that are no numbers .*learning_rate"):
+        merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_there_already_and_what_does_not_fit_is_told_before_anything_is_merged(tmp_path, monkeypatch):
     bank = bank_with("llama", Lora, r=4)
     (tmp_path / "there").mkdir()

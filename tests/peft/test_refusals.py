@@ -19,6 +19,9 @@ from tests.peft.pairs import front_of, ids_of, model_of
         ("LoraConfig", {"zzz": 4}, "zzz: no field of LoraConfig; there are"),
         ("LoraConfig", {"use_qalora": True}, "use_qalora: QALoRA is not in this onebase, got True. Remove it, or use peft"),
         ("LoraConfig", {"loftq_config": {"loftq_bits": 4}}, "loftq_config: LoftQ's start"),
+        ("LoraConfig", {"target_modules": 5}, "target_modules: must be a list of names or a regular expression, got 5"),
+        ("LoraConfig", {"target_modules": "(["}, "target_modules: must be a list of names or a regular expression"),
+        ("IA3Config", {"exclude_modules": [5]}, "exclude_modules: must be a list of names or a regular expression"),
         ("LoraConfig", {"r": 0}, "r: must be at least 1, got 0"),
         ("LoraConfig", {"init_lora_weights": "eva"}, "init_lora_weights"),
         ("LoraConfig", {"task_type": "CAUSAL"}, "task_type must be one of SEQ_CLS, .*got 'CAUSAL'"),
@@ -59,6 +62,9 @@ def test_names_of_adapters_are_checked() -> None:
         front.add_adapter("default", ours.LoraConfig())
     with pytest.raises(ConfigError, match="an adapter's name must begin with"):
         front.add_adapter("../b", ours.LoraConfig())
+    for name in ("b.c", "__base__"):
+        with pytest.raises(ConfigError, match="an adapter cannot be called"):
+            front.add_adapter(name, ours.LoraConfig())
     with pytest.raises(ConfigError, match="IA3 adapter cannot stand beside LORA"):
         front.add_adapter("b", ours.IA3Config())
     with pytest.raises(ConfigError, match="no adapter 'b'"):
@@ -77,6 +83,13 @@ def test_a_model_has_one_front_at_a_time() -> None:
         ours.get_peft_model(model_of("llama"), ours.LoraConfig(), "default", True)
     with pytest.raises(ConfigError, match="already has a bank"):
         ours.get_peft_model(front.get_base_model(), ours.LoraConfig())
+
+
+def test_what_is_no_model_or_no_configuration_is_refused() -> None:
+    with pytest.raises(ConfigError, match="peft_config must be a PeftConfig, got NoneType"):
+        ours.get_peft_model(model_of("llama"), None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model must be a Module, got str"):
+        ours.get_peft_model("gpt2", ours.LoraConfig())
 
 
 def test_folders_and_tensors_that_do_not_fit_are_refused(tmp_path) -> None:

@@ -110,6 +110,8 @@ def _checked(count: int, options: CombineOptions, not_for_this: Mapping[str, obj
     weights, wrong = _weights(count, options.weights)
     wrong = wrong or weight_problems(count, weights)
     problems += [_as_option(text) for text in (*wrong, *recipe.problems())]
+    if options.majority_sign_method == "total" and recipe.how in WAYS and "ties" not in recipe.how:
+        problems.append(f"--majority-sign-method: {recipe.how} elects no sign. Remove it, or take ties.")
     if options.seed is not None and recipe.how in WAYS and not recipe.draws:
         problems.append(f"--seed: {recipe.how} draws nothing. Remove it, or take dare_linear or dare_ties.")
     if problems:

@@ -4,15 +4,19 @@ Above all the base the adapter was trained on, by its fingerprint. An adapter wi
 then nobody can tell whether the base is the right one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import onebase
 from onebase.config.labels import Labels, Problem
+from onebase.config.section import show
+from onebase.errors import FileFormatError
 from onebase.files.json_file import check_fields, check_schema, is_int, plain_fields, read_json, to_json
 
 RECORD_NAME = "onebase.json"
+MODEL_CONFIG_NAME = "config.json"
 _SCHEMA_VERSION = 1
 _TODO = "Restore the file, or delete it: the adapter then opens without the check of its base."
 
@@ -28,8 +32,10 @@ def _is_text_or_null(value: Any) -> bool:
 def _is_labels(value: Any) -> bool:
     if value is None:
         return True
-    names = value.get("names") if isinstance(value, dict) else None
-    return isinstance(names, list) and all(map(_is_text, names)) and value.get("problem") in get_args(Problem)
+    names, problem = (value.get("names"), value.get("problem")) if isinstance(value, dict) else (None, None)
+    if not isinstance(names, list) or not all(map(_is_text, names)) or problem not in get_args(Problem):
+        return False
+    return len(set(names)) == len(names) and bool(names) == (problem != "regression")
 
 
 _RULES = {
@@ -37,7 +43,7 @@ _RULES = {
     "base_fingerprint": (_is_text_or_null, "text or null"),
     "base_revision": (_is_text_or_null, "text or null"),
     "dtype": (_is_text, "text, such as 'float32'"),
-    "labels": (_is_labels, "the problem and the names of what is predicted, or null"),
+    "labels": (_is_labels, "the problem and the names of what is predicted, each name once, or null"),
     "extras": (lambda value: isinstance(value, dict), "an object"),
     "method": (_is_text, "text, such as 'lora'"),
     "onebase_version": (_is_text, "text"),
@@ -87,4 +93,23 @@ def read_record(folder: Path) -> AdapterRecord | None:
     check_schema(path, content, known=_SCHEMA_VERSION, todo=_TODO)
     content.setdefault("labels", None)  # records from before there were such tasks
     check_fields(path, content, _RULES, todo=_TODO)
+    _check_same_names(folder, content["labels"])
     return AdapterRecord(**{name: content[name] for name in _RULES})
+
+
+def _check_same_names(folder: Path, labels: Mapping[str, Any] | None) -> None:
+    """Raise where the config.json beside an adapter, which transformers reads, names the classes otherwise.
+
+    Raises:
+        FileFormatError: one of the two files was edited; the classes' numbers are their places in the list.
+    """
+    path = folder / MODEL_CONFIG_NAME
+    if not labels or not labels["names"] or not path.is_file():
+        return
+    named = read_json(path, todo=_TODO).get("id2label")
+    if not isinstance(named, dict) or named == {str(number): name for number, name in enumerate(labels["names"])}:
+        return
+    raise FileFormatError(
+        f"{folder / RECORD_NAME}: names the classes {show(labels['names'])}, {MODEL_CONFIG_NAME} beside it "
+        f"{show([*named.values()])}. The order is that of the head's outputs: restore the file that was changed."
+    )

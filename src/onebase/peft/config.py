@@ -22,6 +22,7 @@ from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.files.atomic import write_file
 from onebase.files.json_file import to_json
 from onebase.files.lora_format import LORA
+from onebase.files.method_format import is_choice
 from onebase.files.peft_config import CONFIG_NAME, read_config
 from onebase.files.peft_format import find_adapter
 
@@ -109,6 +110,10 @@ class PeftConfig:
             for name, what in self.refused.items()
             if getattr(self, name) not in (None, False, [], {})
         ]
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(self, name, None)
+            if not is_choice([*names] if isinstance(names, tuple | set) else names) and names is not None:
+                problems.append(f"{name}: must be a list of names or a regular expression, got {names!r}.")
         if problems:
             raise ConfigError(list_problems(type(self).__name__, problems))
 

@@ -30,10 +30,13 @@ def get_peft_model(
     """
     if mixed:
         raise ConfigError("mixed: adapters of several methods on one model are not in this onebase. Use peft for them.")
+    for said, value, kind in (("model", model, nn.Module), ("peft_config", peft_config, PeftConfig)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"get_peft_model: {said} must be a {kind.__name__}, got {type(value).__name__}.")
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     peft_config.revision = revision or peft_config.revision
-    kind = PeftModel.of_task.get(peft_config.task_type or "", PeftModel)
-    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    front = PeftModel.of_task.get(peft_config.task_type or "", PeftModel)
+    return front(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def get_peft_model_state_dict(

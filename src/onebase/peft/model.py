@@ -237,6 +237,10 @@ class PeftModel(nn.Module):
         return _IncompatibleKeys([], [])
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
+        if name == BASE_ALONE or "." in str(name).lstrip("."):
+            raise ConfigError(
+                f"an adapter cannot be called {name!r}: {BASE_ALONE} means none, and a dot would be a path. Choose another name."
+            )
         self._active.unmerge_first()
         if name in self.peft_config:
             raise ConfigError(

@@ -23,7 +23,7 @@ from onebase.files.peft_format import StoredAdapter
 from onebase.train import saving
 from onebase.train.merging import check_out
 from onebase.train.opening import fitted
-from onebase.train.updates import Distance, Terms, check_updates, distance
+from onebase.train.updates import Distance, Terms, check_updates, distance, is_nothing
 
 _NAME = "combined"
 _EXACT = "cat"
@@ -71,6 +71,11 @@ def combine_to(
     settings, tensors = combine(ingredients, weights, recipe)
     made = pairs_of(Ingredient(_NAME, settings, tensors), [])
     plain = _plain_sum(ingredients, weights)
+    if is_nothing(made, plain):
+        raise ConfigError(
+            f"combining adapters: with weights {', '.join(f'{weight:g}' for weight in weights)} nothing is left of them "
+            f"({recipe.how}), so the adapter would change nothing. Take other weights, or a larger density where there is one."
+        )
     wanted = plain if recipe.how == _EXACT else {path: [(1.0, pair)] for path, pair in made.items()}
     sources = [(adapter_name(one.folder), weight) for one, weight in zip(stored, weights, strict=True)]
     added = bank.add(_NAME, settings, seed=recipe.seed, tensors=tensors)

@@ -84,6 +84,18 @@ def compare_results(bank: Bank, name: str, other: Any, inputs: Sequence[Inputs])
 
 
 @torch.no_grad()
+def gives_numbers(bank: Bank, name: str, inputs: Sequence[Inputs]) -> bool:
+    """Return whether all results of the base with adapter `name` are finite."""
+    base = bank.base
+    for given in inputs:
+        given = {key: value.to(base.device) for key, value in given.items()}
+        with base.native(bank.sole_route(name)) as model:
+            if not bool(numbers_of(model(**_floats_as(given, base.dtype))).isfinite().all()):
+                return False
+    return True
+
+
+@torch.no_grad()
 def compare_modules(
     bank: Bank, name: str, modules: Mapping[str, nn.Module], inputs: Sequence[Inputs]
 ) -> dict[str, float]:

@@ -15,6 +15,7 @@ and four forwards of some rows.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from onebase.train.comparing import (
     Inputs,
     compare_modules,
     compare_results,
+    gives_numbers,
     inputs_for,
     listed,
 )
@@ -226,6 +228,14 @@ def _modules_verified(
     worst, bound = next(iter(found.values()), 0.0), BOUNDS[bank.base.dtype].module
     if worst <= bound:
         return found
+    if not math.isfinite(worst) and not gives_numbers(bank, name, inputs):
+        raise VerificationError(
+            "merging failed: base and adapter give results that are no numbers (NaN or infinite) on these rows, so a merged "
+            "model cannot be compared with them. Nothing was written. The adapter's weights are too large for its base: "
+            "train it again with a lower train.learning_rate.",
+            found=worst,
+            bound=bound,
+        )
     raise VerificationError(
         f"merging failed: {next(iter(found))} does not do merged what it does beside the base. Most of all modules differ "
         f"{listed(found)} of their output (bound {bound:.0e}). Nothing was written. Ship the adapter as it is, and report "

@@ -65,6 +65,14 @@ def check_updates(folder: Path, wanted: Mapping[str, Terms], what: str) -> float
     return max(differences.values())
 
 
+def is_nothing(found: Mapping[str, StoredPair], others: Mapping[str, Terms]) -> bool:
+    """Return whether pairs add nothing to any layer but the rounding of what they were made of."""
+    return all(
+        _norm([(1.0, pair)]) <= _CANCELLED * max((_norm([term]) for term in others[path]), default=0.0)
+        for path, pair in found.items()
+    )
+
+
 def _difference(found: StoredPair, wanted: Terms) -> float:
     """Return how far what a pair makes of random inputs is from what a sum makes of them, relative to |B| |A| |x|."""
     probes = torch.randn(found.A.shape[1], _PROBES, generator=torch.Generator().manual_seed(0)).double()
