@@ -119,6 +119,8 @@ def test_options_for_written_answers_are_refused_where_the_answer_is_a_class(cla
     asked = invoke("predict", str(classified), "--data", str(rows), "--temperature", "0", "--seed", "1")
     assert asked.exit_code == 2
     assert "--temperature, --seed: for answers that are written token by token" in asked.stderr
+    unnamed = invoke("predict", str(classified), "--data", str(rows), "--column", "")
+    assert unnamed.exit_code == 2 and "--column: must be a name, got ''" in unnamed.stderr
 
 
 def test_rows_that_predicting_cuts_or_would_overwrite_are_told(classified: Path, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_a_place_is_the_file_as_given_and_the_line_counted_from_one(tmp_path, mo
     [
         ('{"a": 1', r"not valid JSON: Expecting ',' delimiter at column 8: '\{\"a\": 1'"),
         ("plain", "not valid JSON: Expecting value at column 1: 'plain'"),
+        ('{"a": 1, "a": 2}', r"not valid JSON: 'a' stands twice in one object: '\{\"a\": 1"),
         ("[1, 2]", r"a row must be a JSON object, got a list: '\[1, 2\]'"),
         ('"text"', "a row must be a JSON object, got a str"),
         ('{"a": "\\ud83d"}', "half of a surrogate pair"),
@@ -160,6 +161,7 @@ def test_an_empty_file_is_refused_by_name(tmp_path, name, content):
         ("a.json", '[{"a": 1},\n{"a": }]', "line 2: not valid JSON in the row that starts here"),
         ("a.json", '[{"a": 1}\n{"a": 2}]', "line 2: not valid JSON: expected ',' or ']'"),
         ("a.json", '[{"a": 1}', "not valid JSON"),
+        ("a.json", '[{"a": 1, "a": 2}]', "line 1: not valid JSON .*: 'a' stands twice"),
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', "line 1: not valid JSON: .* follows the end of the list"),
         ("a.parquet", "PAR1 no", "not a readable Parquet file"),
         ("a.txt", "hello", r"'\.txt' is no known data format; known are \.jsonl"),

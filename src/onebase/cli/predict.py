@@ -133,6 +133,8 @@ def _check_not_given(context: typer.Context, task: str) -> None:
 
 def _check_column(rows: Sequence["Row"], column: str, todo: str) -> None:
     """Raise if the answers would take the place of something that the rows hold."""
+    if not column.strip():
+        raise ConfigError(f"--column: must be a name, got {column!r}.")
     taken = [row.place for row in rows if column in row.values]
     if taken:
         more = f" and in {terminal.counted(len(taken) - 1, 'more row')}" if len(taken) > 1 else ""

@@ -162,7 +162,7 @@ def _json_row(line: bytes, place: str, offset: int) -> Row:
     except UnicodeDecodeError as error:
         return Row({}, place, Fault("not UTF-8", _not_utf8(error, offset)))
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         return Row({}, place, Fault("not valid JSON", f"not valid JSON: {_json_problem(error)}: {_excerpt(text)}"))
     return _object_row(value, text, place)
@@ -192,7 +192,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(path)
         return
-    decoder, space = json.JSONDecoder(), " \t\r\n"
+    decoder, space = json.JSONDecoder(object_pairs_hook=_each_once), " \t\r\n"
     position, line, counted = text.index("[") + 1, 1, 0
     while True:
         while position < len(text) and text[position] in space:
@@ -287,6 +287,15 @@ def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
         f"not UTF-8: byte 0x{byte:02x} at offset {offset + error.start} of the file. "
         "Convert the file, for example: iconv -f LATIN1 -t UTF-8."
     )
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; a name that stands in it twice is an error, where Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return found
 
 
 def _json_problem(error: Exception) -> str:
