@@ -328,6 +328,34 @@ def test_a_preview_shows_each_rows_label(shop: Path) -> None:
     assert [row["target"] for row in numbers["rows"]] == [0.0, 10.0]
 
 
+def test_a_preview_speaks_of_labelled_tokens_only_where_tokens_are_labelled(shop: Path) -> None:
+    assert "labelled tokens" not in invoke("preview", settings(shop, "classify"), "--rows", "1").stdout
+
+
+@pytest.mark.parametrize("task", ["classify", "regress"])
+def test_a_merged_model_is_measured_and_predicts_as_the_adapter_does(shop: Path, tmp_path: Path, task: str) -> None:
+    done = invoke("train", settings(shop, task), "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+    done = invoke("merge", tmp_path / "run", "--out", tmp_path / "merged")
+    assert done.exit_code == 0, done.stderr
+    data = shop / "valid.jsonl"
+    ours, merged = (
+        json.loads(invoke("eval", tmp_path / name, "--data", data, "--json").stdout) for name in ("run", "merged")
+    )
+    assert merged["task"] == task and merged["adapter"] is None
+    assert merged["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+    both = [predicted(tmp_path / name, data) for name in ("run", "merged")]
+    for one, other in zip(*both, strict=True):
+        name = "prediction" if task == "regress" else "probabilities"
+        assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+        assert task == "regress" or one["prediction"] == other["prediction"]
+
+
+def test_a_model_that_predicts_neither_tokens_nor_labels_is_asked_nothing(shop: Path) -> None:
+    asked = invoke("predict", shop / "model", "--data", shop / "valid.jsonl")
+    assert asked.exit_code == 2 and "predicts no tokens" in " ".join(asked.stderr.split())
+
+
 def test_a_base_whose_head_is_new_is_not_measured_alone(classified: Path) -> None:
     refused = invoke("eval", classified, "--base-only")
     assert refused.exit_code == 2 and "hold no head for this task (classifier)" in " ".join(refused.stderr.split())

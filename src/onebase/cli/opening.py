@@ -14,6 +14,7 @@ from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
     from onebase.adapters.bank import Bank
+    from onebase.base.model import Base
     from onebase.config.settings import DataSettings
     from onebase.measure.prompts import Asking
     from onebase.ops.objective import Objective
@@ -106,7 +107,7 @@ def open_adapter_or_model(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
             )
         base = load(target, **on.how({}))
         chats = base.tokenizer is not None and base.tokenizer.chat_template
-        return Opened(target, Bank(base), None, "chat" if chats else "text")
+        return Opened(target, Bank(base), None, _task_of_head(base) or ("chat" if chats else "text"))
     return open_adapter(target, on)
 
 
@@ -133,8 +134,8 @@ def open_adapter(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
     data = run.get("data") or (record.extras.get("data") if record is not None else None) or {}
     chats = bank.base.tokenizer is not None and bank.base.tokenizer.chat_template
     usual = "chat" if chats else "text"
-    if bank.base.own_heads and bank.base.labels is not None:
-        usual = "classify" if bank.base.labels.names else "regress"
+    if bank.base.own_heads:
+        usual = _task_of_head(bank.base) or usual
     task = record.task if record is not None else run.get("task") or usual
     return Opened(
         label=target,
@@ -148,6 +149,13 @@ def open_adapter(target: str, on: BaseOptions = AS_THE_RUN) -> Opened:
         slices=tuple((run.get("eval") or {}).get("slices") or ()),
         objective=(run.get("train") or {}).get("loss"),
     )
+
+
+def _task_of_head(base: "Base") -> str | None:
+    """Return what a base is for whose own head is one for whole examples; None where it predicts tokens."""
+    if base.labels is None:
+        return None
+    return "classify" if base.labels.names else "regress"
 
 
 def _is_adapter(path: Path) -> bool:

@@ -62,6 +62,7 @@ def predict(  # noqa: PLR0913 (a verb's options are its parameters)
             _check_column(own, PROBABILITIES, "Rename that column.")
         label_rows(opened, rows, own, column, out)
         return
+    _ = opened.bank.head  # raises where the model predicts no tokens
     answers = Answers(opened, rows, own, column, max_new_tokens)
     with answers.kept(out), counting(f"answers by {adapter}", len(rows), "rows") as advance:
         answers.make(advance, temperature=temperature, seed=seed)
