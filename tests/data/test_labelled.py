@@ -45,7 +45,10 @@ def test_classes_that_are_named_keep_their_order_and_numbers_need_no_names() -> 
     ("values", "said"),
     [
         (["dog", "dog"], r"every row has the label 'dog': .* nothing to learn"),
-        ([None, None], r"no row has a 'label'\. Name the column: data\.columns: \{label: COLUMN\}"),
+        (
+            [None, None],
+            r"no row has a 'label': it is empty\. Fill it in, or name another column: data\.columns: \{label: COLUMN\}",
+        ),
         ([1.0, 0.0], r"no row's 'label' holds a class: .* the first is 1\.0\. Name another column"),
         ([[0.0, 1.0], []], r"no row's 'label' holds a class: .* the first is \[0\.0, 1\.0\]"),
         ([[], []], r"no row's 'label' holds a class: .* the first is \[\]"),
@@ -71,6 +74,16 @@ def test_a_long_label_is_told_in_short() -> None:
     with pytest.raises(DataError) as told:
         build_examples(rows_of("z" * 50_000), byte_tokenizer(), task=ONE)
     assert len(str(told.value)) < 500
+
+
+def test_a_label_that_is_missing_is_told_with_the_columns_that_are_there() -> None:
+    rows = rows_of("dog", "cat", name="kind")
+    there = r"; the columns are 'text', 'kind'\. Name its column: data\.columns: \{%s: COLUMN\}"
+    with pytest.raises(DataError, match=r"no row has a 'label'" + there % "label"):
+        find_labels(rows, "classify")
+    for labels, name in ((ONE, "label"), (NUMBER, "target")):
+        with pytest.raises(DataError, match=rf"row 1: '{name}' is missing" + there % name):
+            build_examples(rows, byte_tokenizer(), task=labels)
 
 
 def test_a_row_becomes_its_tokens_and_the_number_of_its_class() -> None:

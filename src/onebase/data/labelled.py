@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,8 @@ class _Seen:
     lists: set[bool] = field(default_factory=set)
     kinds: set[bool] = field(default_factory=set)
     """Whether whole numbers among the classes are truth values."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The columns of the first row that could be read."""
     first: Any = None
     alike: bool = True
     """Whether all rows have what the first has."""
@@ -70,6 +72,7 @@ class _Seen:
         if row.fault is not None:
             self.fault = self.fault or f"{row.place}: {row.fault.message}"
             return
+        self.values = self.values or row.values
         value = row.values.get("label")
         if value is None:
             return
@@ -96,7 +99,7 @@ class _Seen:
                 "that a row may have several classes."
             )
         if self.first is None:
-            return "no row has a 'label'. Name the column: data.columns: {label: COLUMN}"
+            return _missing("no row has a 'label'", self.values, "label")
         if named:
             return None
         if not self.classes:
@@ -127,6 +130,14 @@ class _Seen:
                     "the rows; if they are different classes, name them all: data.label_names"
                 )
         return None
+
+
+def _missing(what: str, values: Mapping[str, Any], role: str) -> str:
+    """Return the words for a label or target that is not there: which columns are, and how to name the right one."""
+    if role in values:
+        return f"{what}: it is empty. Fill it in, or name another column: data.columns: {{{role}: COLUMN}}"
+    there = f"; the columns are {', '.join(map(show, values))}" if values else ""
+    return f"{what}{there}. Name its column: data.columns: {{{role}: COLUMN}}"
 
 
 def _is_label(value: Any) -> bool:
@@ -175,16 +186,18 @@ class Labelled:
             if not self.wanted:
                 return text, 0, rest
             if self.labels.problem == "regression":
-                return text, _number(rest.get("target")), rest
-            return text, self._classes(rest.get("label")), rest
+                if rest.get("target") is None:
+                    raise BadRow("no target", _missing("'target' is missing", row.values, "target"))
+                return text, _number(rest["target"]), rest
+            if rest.get("label") is None:
+                raise BadRow("no label", _missing("'label' is missing", row.values, "label"))
+            return text, self._classes(rest["label"]), rest
         except BadRow as bad:
             return bad.fault
 
     def _classes(self, value: Any) -> Any:
         """Return the number of a row's class, or a one for each class that it has."""
         several = self.labels.problem == "multi_label_classification"
-        if value is None:
-            raise BadRow("no label", "'label' is missing. Name its column: data.columns: {label: COLUMN}")
         if several != isinstance(value, list):
             raise BadRow(
                 "a label of the wrong type",
@@ -226,8 +239,6 @@ def _short(name: str) -> str:
 
 def _number(value: Any) -> float:
     """Return a row's target."""
-    if value is None:
-        raise BadRow("no target", "'target' is missing. Name its column: data.columns: {target: COLUMN}")
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
