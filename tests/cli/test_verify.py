@@ -38,6 +38,15 @@ def test_a_trained_run_is_found_right_in_one_table(run):
     assert "checking: flat = padded" in result.stderr
 
 
+def test_what_a_check_says_stands_whole_in_a_narrow_terminal(run, monkeypatch):
+    checks = json.loads(invoke("verify", "run", "--model", "model", "--json").stdout)["checks"]
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [" ".join(line.split()) for line in invoke("verify", "run", "--model", "model").stdout.splitlines()]
+    for check in checks:
+        assert sum(line.startswith(f"{check['name']} {check['state']}") for line in lines) == 1
+        assert f"{check['name']} {check['said']}" in lines
+
+
 def test_one_failed_check_makes_the_exit_code_1_and_json_says_which(run):
     path = run / "adapter" / "adapter_model.safetensors"
     zeroed = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}

@@ -101,7 +101,9 @@ def show_examples(
             out.print(Text(f"... {len(example.token_ids) - _MOST_TOKENS:,} more tokens", style="dim"))
         out.print()
     if count and len(examples):
-        if out.is_terminal:
+        if labels is not None:
+            words = Text("neighbouring tokens differ in shade" if out.is_terminal else "tokens are parted by |")
+        elif out.is_terminal:
             words = Text.assemble(
                 "neighbouring tokens differ in shade; ", ("labelled", _LABELLED[0]), " ", ("tokens", _LABELLED[1])
             )

@@ -105,9 +105,15 @@ def _as_json(opened: Opened, rows: str, count: int, checks: "Sequence[Check]") -
 def _show(opened: Opened, rows: str, count: int, checks: "Sequence[Check]") -> None:
     out = terminal.stdout()
     out.print(f"{opened.label} on {opened.base_line}; {terminal.counted(count, 'row')} of {rows}", soft_wrap=True)
-    table = terminal.table(("check", "", "found", "bound", ""), map(_row, checks), left=2, fold=("",))
-    table.columns[-1].justify = "left"
-    out.print(table)
+    head, lines = ("check", "", "found", "bound", ""), [_row(check) for check in checks]
+    if terminal.fits(head, lines):
+        table = terminal.table(head, lines, left=2)
+        table.columns[-1].justify = "left"
+        out.print(table)
+        return
+    out.print(terminal.table(head[:-1], [line[:-1] for line in lines], left=2))  # what is said would be a word a line
+    out.print()
+    out.print(terminal.facts((check.name, check.said) for check in checks))
 
 
 def _row(check: "Check") -> tuple[str, ...]:
