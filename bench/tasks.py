@@ -5,7 +5,8 @@
 `onebase train` in a fresh process for each task (25 classes of nouns; depth in the noun hierarchy), way of training and seed,
 then `onebase eval` on the test rows, by slices of frequency. --category and --depth are what the files -train.jsonl,
 -valid.jsonl and -test.jsonl begin with. Each way has the learning rate that did best on the validation rows of seed 0 among
---rates times its own (a sweep that is in the record too). The record is written after each run, and a run that is in it
+--rates times its own, and while that is the lowest or highest of them the sweep goes on, up to --beyond times (it is in the
+record too). The record is written after each run, and a run that is in it
 already is skipped: interrupt it and start it again. --jobs of them at a time (with OMP_NUM_THREADS=1, as many as there are
 cores); then `seconds` are of a run beside others.
 """
@@ -70,6 +71,9 @@ def main() -> None:
     pairs = list(product(files, WAYS))
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(done, [(t, w, first, WAYS[w][1] * factor) for t, w in pairs for factor in args.rates]))
+        for _ in range(args.beyond):
+            beyond = [(t, w, rate_beyond(runs, t, w, first)) for t, w in pairs]
+            list(pool.map(done, [(t, w, first, rate) for t, w, rate in beyond if rate is not None]))
         list(pool.map(done, [(t, w, seed, best_rate(runs, t, w, first)) for t, w in pairs for seed in others]))
     record.write(summarise(runs))
     print(table(summarise(runs)))
@@ -136,8 +140,23 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def best_rate(runs: Sequence[Mapping[str, Any]], task: str, way: str, seed: int) -> float:
     """Return the learning rate of a seed's runs that did best on the validation rows."""
-    swept = [run for run in runs if (run["task"], run["way"], run["seed"]) == (task, way, seed)]
-    return float(min(swept, key=lambda run: float(run["valid_loss"]))["learning_rate"])
+    swept = _swept(runs, task, way, seed)
+    return min(swept, key=lambda rate: swept[rate])
+
+
+def rate_beyond(runs: Sequence[Mapping[str, Any]], task: str, way: str, seed: int) -> float | None:
+    """Return the rate to try next, as far again beyond the best one of a seed's, or None where that has one on either side."""
+    swept = _swept(runs, task, way, seed)
+    rates, best = sorted(swept), best_rate(runs, task, way, seed)
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    return best * best / (rates[1] if best == rates[0] else rates[-2])
+
+
+def _swept(runs: Sequence[Mapping[str, Any]], task: str, way: str, seed: int) -> dict[float, float]:
+    """Return the validation loss of a seed's runs by their learning rate."""
+    own = [run for run in runs if (run["task"], run["way"], run["seed"]) == (task, way, seed)]
+    return {float(run["learning_rate"]): float(run["valid_loss"]) for run in own}
 
 
 def slice_of(run: Mapping[str, Any], value: str) -> dict[str, Any]:
@@ -189,6 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[0.5, 1, 2], help="times each way's own rate, on the first seed"
+    )
+    parser.add_argument(
+        "--beyond", type=int, default=4, help="rates to try at most beyond --rates, while the best is at their edge"
     )
     parser.add_argument("--keep", type=Path, help="a folder to keep the run folders in")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

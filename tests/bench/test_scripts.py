@@ -26,7 +26,7 @@ SHORT = {
     "profile_step": ["--warmup=1", "--steps=1", "--profiled=1", "--repeats=1"],
     "step_time": ["--methods", "full", "bitfit", "--rounds=1", "--steps=1"],
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
-    "tasks": ["--epochs=1", "--seeds", "0", "1", "--rates", "1", "2"],
+    "tasks": ["--epochs=1", "--seeds", "0", "1", "--rates", "1", "2", "--beyond", "0"],
     "train_define": ["--steps=2", "--repeat=2"],
 }
 OTHER_ROWS = ("tasks",)  # scripts that learn classes and numbers
