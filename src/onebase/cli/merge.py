@@ -128,8 +128,8 @@ def _as_json(opened: Opened, found: "Merge", rows: str, adapter_seconds: float) 
         "largest_difference": differences.results,
         "largest_difference_bound": differences.results_bound,
         "worst_module": differences.worst[0],
-        "worst_module_difference": differences.worst[1],
-        "module_bound": differences.module_bound,
+        "worst_module_difference": differences.worst[1].value,
+        "module_bound": differences.worst[1].bound,
         "merge_seconds": found.merge_seconds,
         "merged_load_seconds": found.load_seconds,
         "adapter_load_seconds": adapter_seconds,
@@ -138,7 +138,7 @@ def _as_json(opened: Opened, found: "Merge", rows: str, adapter_seconds: float) 
 
 def _show(opened: Opened, found: "Merge", rows: str, adapter_seconds: float) -> None:
     differences = found.differences
-    path, value = differences.worst
+    path, worst = differences.worst
     facts = [
         ("merged", f"{found.folder}: {terminal.size(found.size_bytes)}, {found.dtype}"),
         ("from", f"{opened.label} on {opened.base_line}, {terminal.counted(found.modules, 'module')}"),
@@ -147,7 +147,7 @@ def _show(opened: Opened, found: "Merge", rows: str, adapter_seconds: float) -> 
             "largest difference",
             f"{differences.results:.1e} of the largest result (bound {differences.results_bound:.0e})",
         ),
-        ("worst layer", f"{path}: {value:.1e} (bound {differences.module_bound:.0e})"),
+        ("worst layer", f"{path}: {worst.value:.1e} (bound {worst.bound:.0e})"),
         ("merging", terminal.duration(found.merge_seconds)),
         (
             "loading it",

@@ -3,14 +3,17 @@
 Each time the base calls a module that the adapter is on, the merged module of the same path is called with the very
 same arguments: so an error is measured where it is made, not where it has been carried to, and the module that is wrong
 is named. Differences are relative: of results to the largest number of theirs, of a module's outputs to their norm over
-all inputs. One table of bounds, by number format.
+all inputs. One table of bounds, by number format. On a base in half precision an adapted module is called once more in
+fp32, adapter and all: what a half rounds away of its outputs is as large as many a layer's whole update (0.2 % of them).
 
-Called by merging.py and verifying.py. Cost: a forward each, and each adapted module once more.
+Called by merging.py and verifying.py. Cost: a forward each, and each adapted module once more, of a half twice and with a
+copy of it in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
+from onebase.adapters.part import ModulePart
 from onebase.errors import ConfigError
 
 Inputs = Mapping[str, Tensor]
@@ -34,7 +38,7 @@ class Bounds:
 
 
 # fp64: models take softmax, norms and rotary angles in fp32. A half rounds a module's output and the update beside it to
-# 2^-11 or 2^-8 of themselves (merged modules are computed in fp32); through all layers that grows.
+# 2^-11 or 2^-8 of themselves, where it cannot be computed in fp32; through all layers that grows.
 BOUNDS = {
     torch.float64: Bounds(1e-6, 1e-6),
     torch.float32: Bounds(1e-4, 1e-4),
@@ -51,18 +55,25 @@ def bounds_of(*dtypes: torch.dtype) -> Bounds:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """How far a merged module's outputs are from what they should be, of their norm, and how far rounding explains."""
+
+    value: float
+    bound: float
+
+
+@dataclass(frozen=True)
 class Differences:
-    """What comparisons found: `results` of the largest result, `modules` by path, the worst first."""
+    """What comparisons found: `results` of the largest result, `modules` by path, the worst for its bound first."""
 
     results: float
     results_bound: float
-    modules: Mapping[str, float]
-    module_bound: float
+    modules: Mapping[str, Apart]
 
     @property
-    def worst(self) -> tuple[str, float]:
+    def worst(self) -> tuple[str, Apart]:
         """The module that differs most, and by how much."""
-        return next(iter(self.modules.items()), ("no module", 0.0))
+        return worst_of(self.modules)
 
 
 @torch.no_grad()
@@ -98,19 +109,38 @@ def gives_numbers(bank: Bank, name: str, inputs: Sequence[Inputs]) -> bool:
 @torch.no_grad()
 def compare_modules(
     bank: Bank, name: str, modules: Mapping[str, nn.Module], inputs: Sequence[Inputs]
-) -> dict[str, float]:
+) -> dict[str, Apart]:
     """Return how far merged modules are from those of the base with adapter `name`, by path, the worst first."""
     base, tally = bank.base, _Tally()
+    widened = _widened(bank, name, modules)
     for given in inputs:
         given = {key: value.to(base.device) for key, value in given.items()}
-        with base.native(bank.sole_route(name)) as model, _beside(model, modules, tally):
+        with base.native(bank.sole_route(name)) as model, _beside(model, modules, widened, tally):
             model(**_floats_as(given, base.dtype))
-    return tally.relative()
+    bounds = {path: BOUNDS[torch.float32 if path in widened else base.dtype].module for path in modules}
+    found = {path: Apart(value, bounds[path]) for path, value in tally.relative().items()}
+    return dict(sorted(found.items(), key=lambda one: -one[1].value / one[1].bound))
 
 
-def listed(modules: Mapping[str, float]) -> str:
+def _widened(bank: Bank, name: str, modules: Iterable[str]) -> set[str]:
+    """Return the modules of a base in half precision that can be computed in fp32 with what adapter `name` has on them.
+
+    A copy that stands in for its module computes in the module's format, and a module with others in it with theirs.
+    """
+    if bank.base.dtype not in _HALVES:
+        return set()
+    copies = {part.path for part in bank.adapters[name].parts if isinstance(part, ModulePart)}
+    return {path for path in modules if path not in copies and not any(bank.places.module(path).children())}
+
+
+def worst_of(modules: Mapping[str, Apart]) -> tuple[str, Apart]:
+    """Return the first of some modules, the worst first."""
+    return next(iter(modules.items()), ("no module", Apart(0.0, BOUNDS[torch.float32].module)))
+
+
+def listed(modules: Mapping[str, Apart]) -> str:
     """Return the modules that differ most, in words."""
-    return ", ".join(f"{path} by {value:.1e}" for path, value in list(modules.items())[:_SHOWN]) or "none"
+    return ", ".join(f"{path} by {apart.value:.1e}" for path, apart in list(modules.items())[:_SHOWN]) or "none"
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -166,28 +196,27 @@ class _Tally:
         self.sums[path] = apart, norm + float(wide.square().sum())
 
     def relative(self) -> dict[str, float]:
-        """Return the relative difference of every module, the largest first; one that is not a number is infinite."""
+        """Return the relative difference of every module; one that is not a number is infinite."""
         found = {path: (apart / max(norm, 1e-12)) ** 0.5 for path, (apart, norm) in self.sums.items()}
-        found = {path: value if value >= 0 else float("inf") for path, value in found.items()}
-        return dict(sorted(found.items(), key=lambda one: -one[1]))
+        return {path: value if value >= 0 else float("inf") for path, value in found.items()}
 
 
 @contextmanager
-def _beside(model: nn.Module, modules: Mapping[str, nn.Module], tally: _Tally) -> Iterator[None]:
+def _beside(model: nn.Module, modules: Mapping[str, nn.Module], widened: Set[str], tally: _Tally) -> Iterator[None]:
     """Call the merged modules with what the adapted ones are called with, for as long as this is open."""
     device = next(model.parameters()).device
 
-    def watch(path: str, args: tuple[Any, ...], named: dict[str, Any], own: Any) -> None:
-        twin = modules[path]
+    def watch(layer: Any, args: tuple[Any, ...], named: dict[str, Any], own: Any) -> None:
+        twin = modules[layer.path]
         dtype = dtype_of(twin)
         with _computing_in(dtype, device):
             theirs = twin(*_floats_as(args, dtype), **_floats_as(named, dtype))
-        tally.add(path, _first_tensor(own), _first_tensor(theirs))
+        if layer.path in widened:
+            own = _in_fp32(layer, args, named, device)
+        tally.add(layer.path, _first_tensor(own), _first_tensor(theirs))
 
     hooks = [
-        layer.register_forward_hook(
-            lambda _, args, named, own, path=layer.path: watch(path, args, named, own), with_kwargs=True
-        )
+        layer.register_forward_hook(watch, with_kwargs=True)
         for layer in model.modules()
         if isinstance(layer, AdaptedLayer) and layer.path in modules
     ]
@@ -196,6 +225,17 @@ def _beside(model: nn.Module, modules: Mapping[str, nn.Module], tally: _Tally) -
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _in_fp32(layer: AdaptedLayer, args: tuple[Any, ...], named: dict[str, Any], device: torch.device) -> Any:
+    """Return what an adapted module gives on a copy of the frozen one in fp32."""
+    frozen = layer.base_layer
+    layer.base_layer = copy.deepcopy(frozen).float()
+    try:
+        with _computing_in(torch.float32, device):  # forward: calling it would call the hook
+            return layer.forward(*_floats_as(args, torch.float32), **_floats_as(named, torch.float32))
+    finally:
+        layer.base_layer = frozen
 
 
 def _computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ from onebase.errors import ConfigError, VerificationError, list_problems
 from onebase.files.atomic import ensure_writable, new_folder
 from onebase.files.peft_format import read_adapter
 from onebase.train.comparing import (
-    BOUNDS,
+    Apart,
     Differences,
     Inputs,
     compare_modules,
@@ -43,6 +43,7 @@ from onebase.train.comparing import (
     gives_numbers,
     inputs_for,
     listed,
+    worst_of,
 )
 from onebase.train.opening import fitted
 
@@ -218,35 +219,35 @@ def _distance(one: Tensor, other: Tensor) -> str:
 
 def _modules_verified(
     bank: Bank, name: str, modules: Mapping[str, nn.Module], inputs: Sequence[Inputs]
-) -> Mapping[str, float]:
+) -> Mapping[str, Apart]:
     """Return how far merged modules are from what they were made from.
 
     Raises:
         VerificationError: further than rounding explains.
     """
     found = compare_modules(bank, name, modules, inputs)
-    worst, bound = next(iter(found.values()), 0.0), BOUNDS[bank.base.dtype].module
-    if worst <= bound:
+    path, worst = worst_of(found)
+    if worst.value <= worst.bound:
         return found
-    if not math.isfinite(worst) and not gives_numbers(bank, name, inputs):
+    if not math.isfinite(worst.value) and not gives_numbers(bank, name, inputs):
         raise VerificationError(
             "merging failed: base and adapter give results that are no numbers (NaN or infinite) on these rows, so a merged "
             "model cannot be compared with them. Nothing was written. The adapter's weights are too large for its base: "
             "train it again with a lower train.learning_rate.",
-            found=worst,
-            bound=bound,
+            found=worst.value,
+            bound=worst.bound,
         )
     raise VerificationError(
-        f"merging failed: {next(iter(found))} does not do merged what it does beside the base. Most of all modules differ "
-        f"{listed(found)} of their output (bound {bound:.0e}). Nothing was written. Ship the adapter as it is, and report "
-        "this: it is a bug in onebase.",
-        found=worst,
-        bound=bound,
+        f"merging failed: {path} does not do merged what it does beside the base. Most of all modules differ "
+        f"{listed(found)} of their output (bound {worst.bound:.0e}). Nothing was written. Ship the adapter as it is, and "
+        "report this: it is a bug in onebase.",
+        found=worst.value,
+        bound=worst.bound,
     )
 
 
 def _results_verified(
-    bank: Bank, name: str, reloaded: Any, inputs: Sequence[Inputs], modules: Mapping[str, float]
+    bank: Bank, name: str, reloaded: Any, inputs: Sequence[Inputs], modules: Mapping[str, Apart]
 ) -> Differences:
     """Return how far the reloaded model is from what it was made from, with what its modules' comparison found.
 
@@ -255,7 +256,7 @@ def _results_verified(
     """
     found, bound = compare_results(bank, name, reloaded, inputs)
     if found <= bound:
-        return Differences(found, bound, modules, BOUNDS[bank.base.dtype].module)
+        return Differences(found, bound, modules)
     stored = compare_modules(bank, name, {path: reloaded.get_submodule(path) for path in modules}, inputs)
     raise VerificationError(
         f"the merged model, read again, does not do what base and adapter do: the results differ by {found:.1e} of the "

@@ -142,8 +142,8 @@ def _merged_is_unmerged(name: str, subject: Subject) -> Check:
             return Check(name, "failed", error.found, error.bound, str(error))
         except ConfigError as error:
             raise _NotApplicableError(str(error)) from error
-    path, value = found.worst
-    return Check(name, "ok", found.results, found.results_bound, f"worst layer {path}: {value:.1e}")
+    path, worst = found.worst
+    return Check(name, "ok", found.results, found.results_bound, f"worst layer {path}: {worst.value:.1e}")
 
 
 def _flat_is_padded(name: str, subject: Subject) -> Check:
