@@ -1,5 +1,6 @@
 """Every bench runs, on a tiny model and few steps, and writes a record with its claim, command and machine."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -158,3 +159,21 @@ def test_classes_and_numbers_are_compared_at_each_ways_best_rate(tmp_path: Path)
     assert len(record["runs"]) == 18 and record["lora_of_full"] > 0
     assert "| classify |" in shown and "| regress |" in shown
     assert str(tmp_path) not in (tmp_path / "record.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        ({1e-3: 2.0, 2e-3: 1.0, 4e-3: 3.0}, None),
+        ({1e-3: 1.0, 2e-3: 2.0, 4e-3: 3.0}, 5e-4),
+        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.0}, 8e-3),
+        ({1e-3: 3.0}, None),
+    ],
+)
+def test_a_sweep_goes_on_beyond_its_edge_while_the_best_rate_is_there(losses, rate, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    tasks = importlib.import_module("tasks")
+    same = {"task": "classify", "way": "lora", "seed": 0}
+    runs = [{**same, "learning_rate": at, "valid_loss": loss} for at, loss in losses.items()]
+    runs.append({**same, "seed": 1, "learning_rate": 1.0, "valid_loss": 0.0})  # of another seed: no part of the sweep
+    assert tasks.rate_beyond(runs, "classify", "lora", 0) == (None if rate is None else pytest.approx(rate))
