@@ -1,9 +1,9 @@
 """Writes docs/proof.md: what verify, merge, export and lint say of one adapter of every method, and of the benches' own.
 
-    python -m docs.make_proof --work runs/proof [--bench runs/tasks]
+    python -m docs.make_proof --work runs/proof [--runs RUN ...]
 
 An adapter of every method is trained for a few steps on SmolLM2 (bench/methods.py lists them); BitFit, which it has no
-biases for, on MiniLM. --bench are the run folders that bench/tasks.py kept. Then each verb runs as a user runs it, in a
+biases for, on MiniLM. --runs are further run folders, for the page those that bench/tasks.py kept. Then each verb runs as a user runs it, in a
 process of its own; nothing on the page is written by hand. What --work holds already is not done again. About a minute
 and a half for an adapter on two cores.
 """
@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,13 +40,12 @@ _DAMAGE = """
 import sys
 from onebase.adapters.lora import LoraPart
 from onebase.cli.app import main
-right = LoraPart.merge_
+right, damaged = LoraPart.merge_, sys.argv.pop(1)
 def wrong(part, module):
     right(part, module)
-    if part.path == sys.argv[1]:
+    if part.path == damaged:
         right(part, module)
 LoraPart.merge_ = wrong
-sys.argv[1:] = sys.argv[2:]
 main()
 """
 
@@ -62,35 +62,38 @@ class Said:
     @property
     def text(self) -> str:
         """What a reader is shown: the output, or the error without what was counted before it."""
-        return self.out.strip() or self.error
+        return "\n".join(line.rstrip() for line in self.out.strip().splitlines()) or self.error
 
     @property
     def error(self) -> str:
         """The error as one line."""
         found = re.search(r"^\w+Error: .*", self.err, re.DOTALL | re.MULTILINE)
-        return " ".join((found.group() if found else self.err).split())
+        return " ".join((found.group() if found else self.err or "nothing").split())
 
 
 def main() -> None:
     """Train what is missing, ask what was not asked yet, write the page."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="where adapters and answers are kept")
-    parser.add_argument("--bench", type=Path, help="the run folders that bench/tasks.py kept")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="further run folders")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    runs = {name: trained(args.work, name) for name in METHODS}
-    kept = sorted(path for path in (args.bench.iterdir() if args.bench else ()) if (path / "result.json").exists())
-    runs |= {path.name: path for path in kept}
-    asked = {name: {verb: answer(args.work, name, verb, run) for verb in _VERBS} for name, run in runs.items()}
-    damaged = damaged_merge(args.work, runs[SHOWN])
-    PAGE.write_text(page(asked, damaged), encoding="utf-8")
+    (args.work / "runs").mkdir(exist_ok=True)
+    for name in METHODS:
+        train(args.work, name)
+    for run in args.runs:
+        link = args.work / "runs" / run.name
+        if not link.exists():
+            link.symlink_to(run.resolve())
+    names = [*METHODS, *(run.name for run in args.runs)]
+    asked = {name: {verb: answer(args.work, name, verb) for verb in _VERBS} for name in names}
+    PAGE.write_text(page(asked, damaged_merge(args.work)), encoding="utf-8")
 
 
-def trained(work: Path, name: str) -> Path:
-    """Return the run folder of a method, trained now if it is not there."""
-    out = work / name
-    if (out / "result.json").exists():
-        return out
+def train(work: Path, name: str) -> None:
+    """Train an adapter of a method, unless it is there."""
+    if (work / "runs" / name / "result.json").exists():
+        return
     classes = name == "bitfit"
     rows = ROOT / "examples" / "data" / ("category" if classes else "define")
     settings = {
@@ -102,49 +105,39 @@ def trained(work: Path, name: str) -> Path:
     }
     file = work / f"{name}.yaml"
     file.write_text(json.dumps(settings), encoding="utf-8")
-    words = ["train", str(file), "--out", str(out)]
-    said = run_verb(words)
+    said = run_verb(work, ["train", file.name, "--out", f"runs/{name}"])
     if said.code:
         raise SystemExit(f"{name}: {said.err}")
-    return out
 
 
-def answer(work: Path, name: str, verb: str, run: Path) -> Said:
+def answer(work: Path, name: str, verb: str) -> Said:
     """Return what a verb said of a run, asked now if it was not."""
-    kept = work / f"{name}.{verb}.json"
-    if not kept.exists():
-        out = work / f"{name}.{verb}.out"
-        places = {"RUN": str(run), "OUT": str(out)}
-        said = run_verb([places.get(word, word) for word in _VERBS[verb]])
-        for place, shown in ((run, f"runs/{name}"), (out, "out"), (work, "runs")):
-            said = Said(
-                [word.replace(str(place), shown) for word in said.words],
-                said.out.replace(str(place), shown),
-                said.err.replace(str(place), shown),
-                said.code,
-            )
-        kept.write_text(json.dumps(asdict(said)), encoding="utf-8")
-    return Said(**json.loads(kept.read_text(encoding="utf-8")))
+    places = {"RUN": f"runs/{name}", "OUT": f"runs/{name}.{verb}.out"}
+    return _kept(work, f"{name}.{verb}", [places.get(word, word) for word in _VERBS[verb]])
 
 
-def damaged_merge(work: Path, run: Path) -> Said:
+def damaged_merge(work: Path) -> Said:
     """Return what a merge says in which one layer's scale was doubled on purpose."""
-    kept = work / "damaged.json"
+    words = ["merge", f"runs/{SHOWN}", "--out", "runs/damaged.out"]
+    return _kept(work, "damaged", words, "-c", _DAMAGE, "model.layers.12.mlp.up_proj")
+
+
+def _kept(work: Path, what: str, words: Sequence[str], *python: str) -> Said:
+    kept = work / f"{what}.json"
     if not kept.exists():
-        layer = "model.layers.12.mlp.up_proj"
-        said = run_verb(["merge", str(run), "--out", str(work / "damaged.out")], "-c", _DAMAGE, layer)
-        kept.write_text(json.dumps(asdict(said)), encoding="utf-8")
+        kept.write_text(json.dumps(asdict(run_verb(work, words, *python))), encoding="utf-8")
     return Said(**json.loads(kept.read_text(encoding="utf-8")))
 
 
-def run_verb(words: Sequence[str], *python: str) -> Said:
-    """Run a command of onebase in a process of its own, for a terminal of 100 columns."""
+def run_verb(work: Path, words: Sequence[str], *python: str) -> Said:
+    """Run a command of onebase in a process of its own, for a terminal of 120 columns."""
     told = subprocess.run(
         [sys.executable, *(python or ("-m", "onebase")), *words],
+        cwd=work,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "120"},
     )
     sys.stderr.write(f"onebase {' '.join(words[:2])}: exit code {told.returncode}\n")
     return Said(list(words), told.stdout, told.stderr, told.returncode)
@@ -156,15 +149,15 @@ def cells(name: str, said: dict[str, Said], reasons: Notes) -> list[str]:
     def of(verb: str, pattern: str) -> str:
         one = said[verb]
         if one.code == 2 or (one.code and not one.out):
-            return f"refused {reasons.mark(one.error.replace(name, 'NAME'))}"
+            return f"refused {reasons.mark(one.error.replace(f'runs/{name}/', 'runs/NAME/'))}"
         found = re.search(pattern, one.out)
         return found.group(1) if found else "?"
 
-    checks = re.findall(r"^(.+?) {2,}(ok|failed|-) ", said["verify"].out, re.MULTILINE)
+    checks = re.findall(r"^(.+?) {2,}(ok|failed|not applicable) ", said["verify"].out, re.MULTILINE)
     states = [state for _, state in checks]
     verified = f"{states.count('ok')} ok" + "".join(
         f", {count} {word}"
-        for word, count in (("no meaning", states.count("-")), ("FAILED", states.count("failed")))
+        for word, count in (("not applicable", states.count("not applicable")), ("FAILED", states.count("failed")))
         if count
     )
     tools = re.findall(r"^(\S+) {2,}(loads wrong|loads|refused)", said["lint"].out, re.MULTILINE)
@@ -194,10 +187,11 @@ def page(asked: dict[str, dict[str, Said]], damaged: Said) -> str:
 
 What `verify`, `merge`, `export` and `lint` say of an adapter of every method, trained for {STEPS} steps of {ROWS} rows of
 `examples/data` on SmolLM2-135M-Instruct (BitFit on MiniLM, since SmolLM2 has no biases), and of the adapters that
-`bench/tasks.py` trained. Made by `python -m docs.make_proof --work runs/proof --bench runs/tasks`.
+`bench/tasks.py` trained (seed 0 at the learning rate that it chose). Made by
+`python -m docs.make_proof --work runs/proof --runs RUN ...`.
 
 The figures are the largest differences that were found: of merged and reloaded results as a share of the largest, of the
-portable adapter's outputs likewise, of the numbers in the GGUF file. A check that has no meaning for an adapter says
+portable adapter's outputs likewise, of the numbers in the GGUF file. A check that is not applicable to an adapter says
 why when it is run.
 
 {table}
@@ -209,7 +203,7 @@ why when it is run.
 With the scale of one layer doubled on purpose:
 
 ```text
-{damaged.error}
+{textwrap.fill(damaged.error, 118)}
 ```
 
 {whole}
