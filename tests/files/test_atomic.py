@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -196,6 +197,41 @@ def test_what_a_running_process_writes_is_left_alone(tmp_path):
         other.communicate(b"\n")
     clean(tmp_path)
     assert not theirs.exists()
+
+
+def test_temporary_folders_go_with_the_next_one_wherever_their_maker_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / ".verify-notes").mkdir()
+
+    def work() -> None:
+        with atomic.scratch_folder("verify") as place:
+            (place / "model").mkdir()
+            (place / "model" / "weights").write_bytes(b"x" * 99)
+
+    left = 0
+    for _ in killed_everywhere(tmp_path, lambda: None, work):
+        left += len(list(tmp_path.iterdir())) > 1
+        with atomic.scratch_folder("verify") as one, atomic.scratch_folder("verify") as other:
+            assert set(tmp_path.iterdir()) == {one, other, tmp_path / ".verify-notes"}
+        assert list(tmp_path.iterdir()) == [tmp_path / ".verify-notes"]
+    assert left > 2
+
+
+def test_temporary_folders_of_processes_that_run_and_of_other_users_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    running = tmp_path / f".verify-a.onebase-{os.getppid()}.new"
+    running.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    theirs = tmp_path / f".verify-b.onebase-{dead.pid}.new"
+    theirs.mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: theirs.stat().st_uid + 1)
+    with atomic.scratch_folder("verify"):
+        assert running.is_dir() and theirs.is_dir()
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with atomic.scratch_folder("verify"):
+        assert running.is_dir() and not theirs.exists()
 
 
 def test_files_that_only_look_like_leftovers_stay(tmp_path):

@@ -15,6 +15,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,6 +112,25 @@ def new_folder(target: Path, *, writing: str, kept: str = "") -> Iterator[Path]:
         yield hidden
         _sync_tree(hidden)
         _put_in_place(hidden, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(kind: str) -> Iterator[Path]:
+    """Yield an empty folder among the system's temporary ones, deleted afterwards; what dead processes left goes first.
+
+    `kind` is a word that the names of its like begin with. Those of other users are left alone.
+    """
+    place = Path(os.path.realpath(tempfile.gettempdir()))
+    for path in place.glob(f".{kind}-*"):
+        found = _LEFTOVER.fullmatch(path.name)
+        with contextlib.suppress(FileNotFoundError):
+            if found is not None and path.lstat().st_uid == os.getuid():
+                recover(place / found["name"])
+    with reporting(place, "temporary files"):
+        folder = Path(tempfile.mkdtemp(prefix=f".{kind}-", suffix=f".onebase-{os.getpid()}.new", dir=place))
+    with _working_on(folder):
+        yield folder
+        _discard(folder)
 
 
 def remove_folder(target: Path) -> None:

@@ -6,9 +6,7 @@ of it stays. Cost: two times four steps of four rows, and what the adapter and i
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from onebase.adapters.bank import Bank
 from onebase.config.methods import AdapterSettings
 from onebase.config.settings import TrainSettings
 from onebase.data.examples import Examples
+from onebase.files.atomic import scratch_folder
 from onebase.files.checkpoint import Checkpoint
 from onebase.files.run_folder import RunFolder
 from onebase.measure.evaluate import EVALUATION_TOKENS
@@ -51,8 +50,8 @@ def replay(
     attempt = _Attempt(bank, adapter, seed, examples, short)
     whole = attempt.tensors(None, None, StopRequest())
     with (
-        tempfile.TemporaryDirectory(prefix="onebase-verify-") as place,
-        RunFolder.create(Path(place) / "run") as folder,
+        scratch_folder("verify") as place,
+        RunFolder.create(place / "run") as folder,
     ):
         try:
             attempt.tensors(folder, None, StopRequest(), stop_after=STOPPED_AFTER)

@@ -8,13 +8,13 @@
     adapter has an effect        results differ from the base's by more than the format can tell apart
     base unchanged               every byte of its weights, before all of the above and after
 
-Called by `onebase verify`. A check that cannot be made says why; one that fails says where. Nothing stays on the disk.
+Called by `onebase verify`. A check that cannot be made says why; one that fails says where. Nothing stays on the
+disk: what a killed one left is deleted by the next.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from onebase.data.examples import Examples
 from onebase.data.rows import BadRow, Row
 from onebase.data.templates import differing_chats
 from onebase.errors import ConfigError, DataError, OnebaseError, VerificationError
+from onebase.files.atomic import scratch_folder
 from onebase.files.peft_format import TENSORS_NAME, read_adapter
 from onebase.files.tensor_file import read_tensors
 from onebase.measure.padded import flat_and_padded
@@ -117,8 +118,8 @@ def _made(name: str, check: Callable[[str, Subject], Check], subject: Subject) -
 def _loaded_is_saved(name: str, subject: Subject) -> Check:
     saved = read_tensors(subject.folder / TENSORS_NAME, todo="Get it again.")
     bank, copies = subject.bank, read_adapter(subject.folder).base_copies
-    with tempfile.TemporaryDirectory(prefix="onebase-verify-") as place:
-        again = Path(place) / "adapter"
+    with scratch_folder("verify") as place:
+        again = place / "adapter"
         saving.write(again, bank.base, bank.adapters[subject.name], task=subject.task)
         loaded = read_tensors(again / TENSORS_NAME, todo="Free some space.")
     saved = {key: tensor for key, tensor in saved.items() if not any(key.endswith(copy) for copy in copies)}
@@ -132,11 +133,11 @@ def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _merged_is_unmerged(name: str, subject: Subject) -> Check:
-    with tempfile.TemporaryDirectory(prefix="onebase-verify-") as place:
+    with scratch_folder("verify") as place:
         inputs = rows_for(subject.bank, _sequences(subject.examples))
         try:
             found = merge(
-                subject.bank, subject.name, Path(place) / "merged", inputs, trust_remote_code=subject.trust_remote_code
+                subject.bank, subject.name, place / "merged", inputs, trust_remote_code=subject.trust_remote_code
             ).differences
         except VerificationError as error:
             return Check(name, "failed", error.found, error.bound, str(error))
