@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.cli.world import chats, invoke, write_rows
 
@@ -107,6 +108,22 @@ def test_for_people_the_same_numbers_stand_in_a_table(trained, measured):
     assert f"{measured['base']['loss']:.4f}" in result.stdout
     assert f"{measured['loss'] - measured['base']['loss']:+.4f}" in result.stdout
     assert result.stderr == ""
+
+
+def test_a_loss_that_is_no_number_is_a_failure(trained, tmp_path):
+    shutil.copytree(trained / "run/adapter", tmp_path / "adapter")
+    _fill(tmp_path / "adapter/adapter_model.safetensors", "lora_", 1e30)
+    for more in (("--json",), ()):
+        done = invoke("eval", tmp_path / "adapter", "--data", trained / "valid.jsonl", *more)
+        assert done.exit_code == 1 and not done.stdout, done.output
+        assert done.stderr.startswith(f"VerificationError: adapter {tmp_path / 'adapter'}: the loss on")
+        assert "valid.jsonl is nan, no number" in done.stderr and "--base-only" in done.stderr
+
+
+def _fill(path, part, value):
+    """Put one number everywhere into the tensors of a file that have `part` in their names."""
+    tensors = {name: tensor.fill_(value) if part in name else tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def test_another_base_is_refused_unless_it_is_meant(trained, tmp_path):

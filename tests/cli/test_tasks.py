@@ -2,11 +2,13 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, f1_score
 
 from onebase.cli.labelling import _answer
@@ -91,6 +93,17 @@ def test_a_slice_that_is_not_there_is_told_before_anything_is_measured(
     measured: list[Any] = []
     monkeypatch.setattr(judge, "judge", lambda *given, **named: measured.append(given))
     assert invoke("eval", classified, "--slice", "knid").exit_code == 2 and not measured
+
+
+def test_a_loss_of_classes_that_is_no_number_is_a_failure(classified: Path, tmp_path: Path) -> None:
+    shutil.copytree(classified / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    large = {name: one.fill_(1e30) if "lora_" in name else one for name, one in load_file(path).items()}
+    save_file(large, path, metadata={"format": "pt"})
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of(6))
+    done = invoke("eval", tmp_path / "adapter", "--data", rows, "--json")
+    assert done.exit_code == 1 and not done.stdout
+    assert f"the loss on {rows} is nan, no number" in done.stderr
 
 
 def test_a_class_is_likely_by_its_probability_not_by_what_is_printed_of_it() -> None:

@@ -9,7 +9,7 @@ import typer
 from onebase.cli import options, terminal
 from onebase.cli.judging import judge_whole
 from onebase.cli.opening import BaseOptions, Opened, open_adapter_or_model
-from onebase.cli.scores import TOKEN_TASKS
+from onebase.cli.scores import TOKEN_TASKS, check_number
 from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,8 +67,10 @@ def evaluate(  # noqa: PLR0913 (a verb's options are its parameters)
         return
     base = _measure(opened, None, prepared, f"base {opened.bank.base.name}")
     own = None
+    check_number(base.scores.loss, f"base {opened.bank.base.name}", name)
     if opened.adapter is not None and not base_only:
         own = _measure(opened, opened.adapter, prepared, f"adapter {adapter}")
+        check_number(own.scores.loss, f"adapter {adapter}", name)
     if as_json:
         terminal.print_json(_as_json(opened, name, own, base))
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from onebase.cli import terminal
 from onebase.cli.counting import counting
 from onebase.cli.opening import Opened
-from onebase.cli.scores import estimate_rows, slice_table
+from onebase.cli.scores import check_number, estimate_rows, slice_table
 from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def judge_whole(
             on_progress=lambda done, _: advance(done),
         )
     seconds = time.perf_counter() - started
+    check_number(scores.loss, label, data)
     overall = scores.intervals()
     by_slice = scores.slices(prepared.examples, columns)
     if as_json:

@@ -1,9 +1,11 @@
 """Scores as people read them: loss and perplexity of tokens, accuracy and calibration of classes, errors of numbers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onebase.cli import terminal
+from onebase.errors import VerificationError
 from onebase.measure.naming import METRICS, shown
 
 if TYPE_CHECKING:
@@ -15,6 +17,19 @@ if TYPE_CHECKING:
 
 TOKEN_TASKS = ("chat", "text")
 """The tasks that learn tokens, not labels of whole examples."""
+
+
+def check_number(loss: float, label: str, data: str) -> None:
+    """Raise unless a loss is a number, where `label` says whose it is.
+
+    Raises:
+        VerificationError: it is NaN or infinite; what can be done.
+    """
+    if not math.isfinite(loss):
+        raise VerificationError(
+            f"{label}: the loss on {data} is {loss}, no number: weights are damaged, or too large. Measure the base alone "
+            "(--base-only); if that has a loss, train the adapter again with a lower train.learning_rate."
+        )
 
 
 def named(scores: "Judged") -> list[tuple[str, str]]:
