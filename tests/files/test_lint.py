@@ -15,6 +15,7 @@ from onebase.adapters.bank import Bank
 from onebase.base.model import Base
 from onebase.config.methods import BitFit, Bottleneck, Full, Ia3, LnTuning, Lora, PrefixTuning, PromptTuning
 from onebase.errors import ConfigError, FileFormatError
+from onebase.files import tensor_file
 from onebase.files.lint import lint
 from onebase.files.peft_format import read_adapter
 from onebase.files.serving import FACTS, PROPERTIES, TOOLS
@@ -178,7 +179,7 @@ def test_damage_and_unknown_tools_are_told(tmp_path: Path) -> None:
             lint(small(tmp_path / field, **{field: value}), ["vllm"])
     config = json.loads((small(tmp_path / "rank") / "adapter_config.json").read_text())
     (tmp_path / "rank" / "adapter_config.json").write_text(json.dumps(config | {"r": 3 * config["r"]}))
-    with pytest.raises(FileFormatError, match=r"q_proj has rank 4, adapter_config\.json says 12"):
+    with pytest.raises(FileFormatError, match=r"q_proj: lora_A must be \(12, in\) and lora_B \(out, 12\), got \(4"):
         lint(tmp_path / "rank", ["vllm"])
     weights = folder / "adapter_model.safetensors"
     for content in (b"", b"\xff" * 9, weights.read_bytes()[:20]):
@@ -220,6 +221,75 @@ def test_a_file_without_all_of_its_tensors_is_told(tmp_path: Path) -> None:
         save_file(kept, path)
         with pytest.raises(FileFormatError, match=told):
             lint(folder, ["transformers"])
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_told_with_their_tensor(
+    name: str, dtype: torch.dtype, value: float, tmp_path: Path
+) -> None:
+    folder = small(tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    assert verdicts(folder, "vllm") == {"vllm": "loads"}
+    key = next(key for key in tensors if name in key)
+    tensors[key].view(-1)[-2:] = value
+    save_file(tensors, path)
+    with pytest.raises(FileFormatError, match=rf"{key}: 2 of {tensors[key].numel()} values are NaN or infinite"):
+        lint(folder, ["vllm"])
+
+
+def test_numbers_are_searched_to_the_end_of_a_large_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "_CHUNK", 7)
+    values = torch.linspace(-1e38, 1e38, 100)
+    values[torch.tensor([0, 6, 7, 50, 99])] = math.nan
+    save_file({"a": values, "b": torch.ones(3), "c": torch.tensor([1])}, tmp_path / "f")
+    assert tensor_file.not_finite(tmp_path / "f") == {"a": 5}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_pairs_of_whole_numbers_are_told(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = small(tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(FileFormatError, match=r"must hold floating-point numbers, got [IB]"):
+        lint(folder, ["vllm"])
+
+
+def test_a_lora_B_of_another_shape_than_its_lora_A_is_told(tmp_path: Path) -> None:
+    folder = small(tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "q_proj.lora_B" in key)
+    for wrong in (tensors[key][:, :3].contiguous(), tensors[key].T.contiguous()):
+        save_file(tensors | {key: wrong}, path)
+        with pytest.raises(
+            FileFormatError, match=rf"q_proj: lora_A must be .* and \({wrong.shape[0]}, {wrong.shape[1]}\)"
+        ):
+            lint(folder, ["transformers"])
+
+
+def test_an_alpha_of_nothing_is_told_where_it_leaves_no_pair(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="lora_alpha is 0, so every pair is multiplied by 0"):
+        lint(small(tmp_path / "a", lora_alpha=0), ["transformers"])
+    folder = small(tmp_path / "b", lora_alpha=0, alpha_pattern={"q_proj": 8})
+    assert verdicts(folder, "transformers") == {"transformers": "loads"}
+
+
+@pytest.mark.parametrize("task", ["FOO", "", 3, None, *peft.TaskType])
+def test_the_task_types_that_peft_takes_are_those_that_load(task: Any, tmp_path: Path) -> None:
+    folder = small(tmp_path / "a", task_type=task)
+    try:
+        peft.PeftConfig.from_pretrained(folder)
+    except ValueError:
+        expected = "refused"
+    else:
+        expected = "loads"
+    (found,) = lint(folder, ["transformers"])
+    assert found.verdict == expected
+    assert "peft takes SEQ_CLS" in "".join(found.reasons) or expected == "loads"
 
 
 def test_the_table_speaks_of_its_own_tools_and_properties() -> None:

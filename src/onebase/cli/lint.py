@@ -20,7 +20,7 @@ def lint(
 ) -> None:
     """Say which tools load an adapter, which load it wrong, and what to do.
 
-    Only the adapter's own files are read: its config and the header of its tensor file. The exit code is 1 where one of
+    Only the adapter's own files are read: its config and its tensor file. The exit code is 1 where one of
     the tools refuses the adapter or loads it wrong.
     """
     from onebase.files.lint import lint

@@ -1,11 +1,12 @@
 """Whether an adapter loads in other tools, and with the right scale: `lint`, from its files alone. No torch.
 
-Read are adapter_config.json and the header of adapter_model.safetensors, also of methods and PEFT versions that onebase
-does not compute. What the tools make of it stands in serving.py; here is what an adapter has, and the judging. The scale
+Read are adapter_config.json and adapter_model.safetensors, whose numbers must be finite, also of methods and PEFT
+versions that onebase does not compute. What the tools make of it stands in serving.py; here is what an adapter has, and the judging. The scale
 of every pair is computed as the tool computes it and compared with the one it was trained with, so that fields that
 cancel out (a rank_pattern and an alpha_pattern in proportion) are no fault.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from onebase.adapters.matching import for_path
-from onebase.errors import ConfigError, FileFormatError
+from onebase.errors import ConfigError, FileFormatError, list_problems
 from onebase.files.json_file import read_json
-from onebase.files.lora_format import CHANGES_BASE, LORA, word
+from onebase.files.lora_format import CHANGES_BASE, LORA, rank_problems, word
 from onebase.files.peft_config import CONFIG_NAME, beside_targets
 from onebase.files.peft_format import TENSORS_NAME, find_adapter
-from onebase.files.serving import FACTS, PORTABLE, TOOLS, VLLM_RANKS, Fact, Scales, Tool, Verdict, peft_scale
+from onebase.files.serving import (
+    FACTS,
+    PORTABLE,
+    TASK_TYPES,
+    TOOLS,
+    VLLM_RANKS,
+    Fact,
+    Scales,
+    Tool,
+    Verdict,
+    peft_scale,
+)
+from onebase.files.tensor_file import not_finite
 
 _TODO = "Save the adapter again with peft's save_pretrained, or get an undamaged copy."
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(?P<adapter>\.\w+)??(?:\.weight)?")
@@ -100,11 +113,24 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise FileFormatError(f"{path}: the file is missing. {_TODO}")
     try:
         with safe_open(path, framework="numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            formats = {name: str(one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise FileFormatError(f"{path}: damaged, or no safetensors file: {error}. {_TODO}") from error
     if not shapes:
         raise FileFormatError(f"{path}: there is no tensor, so the adapter would change nothing. {_TODO}")
+    problems = [
+        f"{name}: must hold floating-point numbers, got {formats[name]}."
+        for name in shapes
+        if ".lora_" in name and not formats[name].startswith(("F", "BF"))
+    ]
+    problems += [
+        f"{name}: {count} of {math.prod(shapes[name])} values are NaN or infinite."
+        for name, count in not_finite(path).items()
+    ]
+    if problems:
+        raise FileFormatError(list_problems(str(path), [f"{text} {_TODO}" for text in problems], shown=_SHOWN))
     return shapes
 
 
@@ -123,7 +149,8 @@ def properties(header: Header) -> dict[str, str]:
     else:
         found |= _lora_properties(config, header.shapes)
     if config.get("task_type") is not None:
-        found["language model"] = f"task_type {config['task_type']}"
+        known = config["task_type"] in TASK_TYPES
+        found["language model" if known else "unknown task"] = f"task_type {config['task_type']}"
     return found
 
 
@@ -179,23 +206,27 @@ def scales_of(header: Header) -> dict[str, Scales]:
 
 def _check_pairs(header: Header, scales: Mapping[str, Scales]) -> None:
     """Raise where pairs are not what the config says: no tool could tell the scale, or the modules, they were trained with."""
-    file = header.folder / TENSORS_NAME
-    halves: dict[str, set[str]] = {}
-    for match in filter(None, map(_PAIR.fullmatch, header.shapes)):
-        halves.setdefault(match["module"].removeprefix("base_model.model."), set()).add(match["letter"])
-    if half := [path for path, letters in halves.items() if len(letters) == 1]:
-        raise FileFormatError(f"{file}: {half[0]} has half a pair, lora_{halves[half[0]].pop()} alone. {_TODO}")
-    if header.config["peft_type"] == "LORA" and (problem := beside_targets(header.config, halves)):
+    file, config = header.folder / TENSORS_NAME, header.config
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in header.shapes.items():
+        if match := _PAIR.fullmatch(key):
+            pairs.setdefault(match["module"].removeprefix("base_model.model."), {})[match["letter"]] = shape
+    if half := [path for path, shapes in pairs.items() if len(shapes) == 1]:
+        raise FileFormatError(f"{file}: {half[0]} has half a pair, lora_{next(iter(pairs[half[0]]))} alone. {_TODO}")
+    if config["peft_type"] != "LORA":
+        return
+    if problem := beside_targets(config, pairs):
         raise FileFormatError(f"{file}: {problem} {_TODO}")
-    ranks = header.config.get("rank_pattern") or {}
-    wrong = [
-        f"{path} has rank {of.r}, {CONFIG_NAME} says {for_path(ranks, path, of.common_r)}"
-        for path, of in scales.items()
-        if of.r != for_path(ranks, path, of.common_r)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 1} more pairs differ" if len(wrong) > 1 else ""
-        raise FileFormatError(f"{file}: {wrong[0]}{more}. {_TODO}")
+    if not any(config.get(name) for name in LORA.refused):  # some variants have pairs of other shapes
+        wrong = [text for path, own in pairs.items() for text in rank_problems(path, own["A"], own["B"], config)]
+        if wrong:
+            more = f" {len(wrong) - 1} more pairs are wrong." if len(wrong) > 1 else ""
+            raise FileFormatError(f"{file}: by {CONFIG_NAME}, {wrong[0]}{more} {_TODO}")
+    if scales and not any(peft_scale(of) for of in scales.values()):
+        raise FileFormatError(
+            f"{header.folder / CONFIG_NAME}: lora_alpha is 0, so every pair is multiplied by 0 and the adapter changes nothing. "
+            "Write the lora_alpha that it was trained with."
+        )
 
 
 def _judged(tool: Tool, path: Path, has: Mapping[str, str], scales: Mapping[str, Scales]) -> Finding:

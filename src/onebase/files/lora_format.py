@@ -183,7 +183,7 @@ def _problems(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[
         if missing:
             problems.append(f"{module}: {missing[0]} is missing beside lora_{'A' if missing[0] == 'lora_B' else 'B'}.")
         else:
-            problems += _rank_problem(module, pair["A"], pair["B"], config)
+            problems += rank_problems(module, pair["A"], pair["B"], config)
         if config.get("use_dora") and f"{module}.lora_magnitude_vector" not in tensors:
             problems.append(f"{module}: lora_magnitude_vector is missing, but use_dora is true.")
     return problems + _beside_problems(tensors, config)
@@ -209,8 +209,8 @@ def _beside_problems(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     return problems
 
 
-def _rank_problem(module: str, A: tuple[int, ...], B: tuple[int, ...], config: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the shapes of a pair; a bare parameter's experts lie behind each other along the rank."""
+def rank_problems(module: str, A: tuple[int, ...], B: tuple[int, ...], config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the shapes of a pair, if anything; a bare parameter's experts lie behind each other along the rank."""
     rank = for_path(config.get("rank_pattern") or {}, module, config["r"])
     if len(A) < 2 or len(A) != len(B):
         return [f"{module}: lora_A and lora_B must have 2 dimensions, or a convolution's, got {A} and {B}."]

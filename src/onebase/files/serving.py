@@ -88,6 +88,9 @@ TOOLS: dict[str, Tool] = {
     )
 }
 
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""What task_type may be (peft/utils/peft_types.py); null beside them."""
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be (vllm/config/lora.py); 16 is the default."""
 
@@ -120,6 +123,7 @@ PROPERTIES: dict[str, str] = {
     "expression": "target_modules is a regular expression, not a list of names.",
     "named keys": "The adapter's name stands in the keys (lora_A.default.weight), as old PEFT wrote them.",
     "pairs": "lora_A and lora_B as PEFT writes them.",
+    "unknown task": "task_type is none of PEFT's.",
     "language model": "The base is a language model or a classifier (task_type is set).",
 }
 """What an adapter may have beside plain pairs, in words."""
@@ -234,6 +238,13 @@ FACTS: Mapping[str, Mapping[str, Fact]] = {
             "loads",
             "found only if it is told the file and the prefix.",
             "load_lora_adapter(FOLDER, weight_name='adapter_model.safetensors', prefix='base_model.model')",
+        ),
+    },
+    "unknown task": {
+        "transformers": Fact(
+            "refused",
+            f"peft takes {', '.join(TASK_TYPES)} or null.",
+            "Write null, or the right one, into adapter_config.json.",
         ),
     },
     "language model": {
