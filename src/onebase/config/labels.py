@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Task = Literal["chat", "text", "classify", "regress"]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 

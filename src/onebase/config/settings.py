@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
+from onebase.config.labels import Task
 from onebase.config.methods import METHODS, AdapterSettings, Lora
 from onebase.config.section import Means, Section, advice, given, phrase, show, take
 from onebase.errors import ConfigError, Problem
@@ -305,7 +306,7 @@ class Settings(Section):
     device: Annotated[str, Means("'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")] = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Where to compute: auto, cpu, cuda, mps."
     )
-    task: Literal["chat", "text", "classify", "regress"] = Field(
+    task: Task = Field(
         default="chat",
         description="What a row is: a chat with turns to learn, plain text, a text with its class or classes, or a text "
         "with a number.",

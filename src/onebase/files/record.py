@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import onebase
-from onebase.config.labels import Labels, Problem
+from onebase.config.labels import Labels, Problem, Task
 from onebase.config.section import show
 from onebase.errors import FileFormatError
 from onebase.files.json_file import check_fields, check_schema, is_int, plain_fields, read_json, to_json
@@ -49,7 +49,7 @@ _RULES = {
     "onebase_version": (_is_text, "text"),
     "quantize": (_is_text, "'none', 'int8' or 'nf4'"),
     "seed": (lambda value: value is None or is_int(value), "a whole number or null"),
-    "task": (_is_text, "text, such as 'chat'"),
+    "task": (lambda value: value in get_args(Task), f"one of {', '.join(get_args(Task))}"),
 }
 
 
