@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from onebase.adapters.bank import Bank
 from onebase.adapters.ia3 import Ia3Input
 from onebase.adapters.lora import LoraPart
-from onebase.adapters.merging import check_mergeable, merged_modules
+from onebase.adapters.merging import check_mergeable, merged_modules, merged_state
 from onebase.adapters.part import ModulePart
 from onebase.base.fingerprint import fingerprint_of_state
 from onebase.base.model import Base
@@ -242,6 +242,33 @@ def test_a_written_file_that_is_damaged_is_caught_and_the_tensor_named(tmp_path,
     monkeypatch.setattr(merging, "write_model", damaged)
     with pytest.raises(VerificationError, match=rf"{DAMAGED}\.weight does not hold what was computed: .* 1\.0e-03"):
         merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("own", "stored"), [("bfloat16", None), ("float32", "float16"), ("float32", None)])
+@pytest.mark.parametrize("key", [f"{DAMAGED}.weight", "model.norm.weight"])
+@pytest.mark.parametrize("where", ["in fp32", "rounded"])
+def test_one_number_that_changes_after_the_modules_were_compared_is_caught_and_the_tensor_named(
+    own, stored, key, where, tmp_path, monkeypatch
+):
+    bank = bank_with("llama", Lora, getattr(torch, own), r=4)
+    path, _, name = key.rpartition(".")
+
+    def damaged(*args: Any, modules: dict[str, torch.nn.Module], **more: Any) -> Any:
+        if where == "in fp32" and path in modules:
+            modules[path].get_parameter(name).data[3, 4] *= 1.01
+        state = merged_state(*args, modules=modules, **more)
+        if where == "rounded" or path not in modules:
+            state[key] = state[key].clone()
+            state[key].view(-1)[3] *= 1.01
+        return state
+
+    monkeypatch.setattr(merging, "merged_state", damaged)
+    dtype = None if stored is None else getattr(torch, stored)
+    with pytest.raises(
+        VerificationError, match=rf"{key} does not hold what was computed: it was changed after its module"
+    ):
+        merge(bank, "own", tmp_path / "merged", inputs_for(bank, ROWS), dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 

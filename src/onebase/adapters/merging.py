@@ -57,7 +57,7 @@ def merged_state(
         ConfigError: a part cannot be written into its module, or a shared weight would have to differ.
     """
     state = plain_state(bank.base.model)
-    formats = {key: _stored_as(tensor, bank.base.dtype, dtype) for key, tensor in state.items()}
+    formats = {key: stored_as(tensor, bank.base.dtype, dtype) for key, tensor in state.items()}
     merged = merged_modules(bank, name) if modules is None else modules
     changed = _changed(bank, name, merged, formats)
     if not untie:
@@ -65,7 +65,7 @@ def merged_state(
     return {key: changed[key] if key in changed else tensor.to(formats[key]) for key, tensor in state.items()}
 
 
-def _stored_as(tensor: Tensor, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def stored_as(tensor: Tensor, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Return a tensor's format in a plain model; one that is not in the base's own (numbers kept in fp32) stays so."""
     return wanted if wanted is not None and tensor.dtype == own else tensor.dtype
 

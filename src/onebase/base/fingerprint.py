@@ -6,20 +6,21 @@ Neither dtype nor quantisation on loading changes it. A file's hash is remembere
 path, size and time of change, because hashing takes about a second for each gigabyte; a cache that cannot be read or
 written costs that second again, never an error.
 
-Called by model.py (the base's own) and pretrained.py (which GGUF file this is). Imports torch only for models in memory.
+Called by model.py (the base's own), pretrained.py (which GGUF file this is), and by whoever checks that tensors are the
+same. Imports torch only for tensors in memory.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onebase.base.cache import home, write_atomically
 from onebase.base.place import weight_files
 from onebase.errors import ModelError, OnebaseError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -39,14 +40,22 @@ def fingerprint(folder: str | Path) -> str:
 
 def fingerprint_of_state(model: "nn.Module") -> str:
     """Return a fingerprint of a model that was built in memory: over names, formats, shapes and bytes of its tensors."""
-    import torch
-
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        stored = tensor.detach().cpu().contiguous()
-        whole.update(f"{name} {stored.dtype} {tuple(stored.shape)}\n".encode())
-        whole.update(stored.reshape(-1).view(torch.uint8).numpy().data)
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(_bytes_of(tensor))
     return whole.hexdigest()
+
+
+def tensor_sha256(tensor: "Tensor") -> str:
+    """Return the SHA-256 of a tensor's bytes, as they lie in memory."""
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _bytes_of(tensor: "Tensor") -> Any:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def file_sha256(path: Path) -> str:

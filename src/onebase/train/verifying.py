@@ -14,17 +14,17 @@ disk: what a killed one left is deleted by the next.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from onebase.adapters.bank import Bank
 from onebase.adapters.merging import plain_state
+from onebase.base.fingerprint import tensor_sha256
 from onebase.base.pretrained import stored_tokenizer
 from onebase.config.settings import DataSettings, TrainSettings
 from onebase.data.chat import Renderer
@@ -235,8 +235,4 @@ def _sequences(examples: Examples) -> list[list[int]]:
 
 def _fingerprints(bank: Bank) -> dict[str, str]:
     """Return the SHA-256 of every tensor of the base, as it lies in memory."""
-    return {key: hashlib.sha256(_bytes_of(tensor)).hexdigest() for key, tensor in plain_state(bank.base.model).items()}
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return {key: tensor_sha256(tensor) for key, tensor in plain_state(bank.base.model).items()}
