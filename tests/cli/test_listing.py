@@ -65,6 +65,7 @@ def test_the_runs_of_a_folder_are_listed_with_their_results(trained, tmp_path):
     assert re.search(
         rf"^first +finished +8 +{written['valid_loss']:.4f} +{written['valid_loss_before']:.4f} ", table, re.M
     )
+    assert "score" not in table
     assert re.search(r"^second +failed before its first checkpoint +8 ", table, re.M)
 
 

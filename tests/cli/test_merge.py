@@ -20,6 +20,7 @@ def test_a_merged_folder_is_opened_and_talks_as_the_adapter_does(run):
     result = invoke("merge", "run", "--out", "merged", "--model", "model")
     assert result.exit_code == 0, result.output
     assert "largest difference" in result.stdout
+    assert result.stdout.splitlines()[-1].split(maxsplit=1) == ["next", "onebase eval merged --data FILE"]
     assert "6 rows: the run's data.valid" in result.stdout
     model = transformers.AutoModelForCausalLM.from_pretrained("merged")
     base = transformers.AutoModelForCausalLM.from_pretrained("model")

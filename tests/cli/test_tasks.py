@@ -124,7 +124,15 @@ def test_slices_are_those_of_the_run_or_of_the_command_line_each_with_n(classifi
     shown = invoke("eval", classified)
     assert "95 % interval" in shown.stdout and "kind = odd" in shown.stdout
     refused = invoke("eval", classified, "--slice", "knid")
-    assert refused.exit_code == 2 and "no row has the column 'knid'; closest is 'kind'" in refused.stderr
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("ConfigError: --slice: no row has the column 'knid'; closest is 'kind'")
+
+
+def test_runs_of_classes_are_listed_with_their_accuracy(classified: Path) -> None:
+    result = json.loads((classified / "result.json").read_text())
+    head, _, line = invoke("runs", classified).stdout.splitlines()[:3]
+    assert "score" in head
+    assert f"{result['valid_loss']:.4f}   accuracy {100 * result['valid_accuracy']:.2f} %   " in line
 
 
 def test_options_for_written_answers_are_refused_where_the_answer_is_a_class(classified: Path, tmp_path: Path) -> None:

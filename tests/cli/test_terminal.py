@@ -91,3 +91,23 @@ def test_without_a_terminal_a_line_stays_a_line(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert captured.out.count("\n") == 3
+
+
+CELLS = st.lists(st.tuples(*[st.text("07 4", max_size=30)] * 3), min_size=1, max_size=5)
+
+
+@given(rows=CELLS, left=st.sampled_from([1, 3, (0, 2)]), width=st.integers(30, 120))
+def test_no_line_of_a_table_or_of_facts_ends_in_blanks_and_no_word_is_lost(rows, left, width):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        for made, cells in (
+            (terminal.table(("one", "two", "three"), rows, left=left), rows),
+            (terminal.facts((row[0], row[1]) for row in rows), [row[:2] for row in rows]),
+        ):
+            out = Console(file=io.StringIO(), width=width)
+            out.print(made)
+            lines = out.file.getvalue().splitlines()
+            assert lines == [line.rstrip() for line in lines]
+            assert sorted(filter(str.isdigit, "".join(lines))) == sorted(
+                filter(str.isdigit, "".join(cell for row in cells for cell in row))
+            )

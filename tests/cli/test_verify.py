@@ -36,6 +36,8 @@ def test_a_trained_run_is_found_right_in_one_table(run):
         "base unchanged",
     ]
     assert "checking: flat = padded" in result.stderr
+    assert lines[-1] == "7 ok, 0 failed, 0 not applicable"
+    assert lines == [line.rstrip() for line in lines]
 
 
 def test_what_a_check_says_stands_whole_in_a_narrow_terminal(run, monkeypatch):
@@ -56,6 +58,8 @@ def test_one_failed_check_makes_the_exit_code_1_and_json_says_which(run):
     found = json.loads(result.stdout)
     assert (found["ok"], found["rows"], found["data"]) == (False, 16, "train.jsonl")
     assert [check["name"] for check in found["checks"] if check["state"] == "failed"] == ["adapter has an effect"]
+    shown = invoke("verify", "run/adapter", "--model", "model", "--data", "train.jsonl")
+    assert shown.stdout.splitlines()[-1] == "6 ok, 1 failed, 0 not applicable"
 
 
 def test_wrong_use_exits_with_2(run):

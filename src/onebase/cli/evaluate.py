@@ -1,4 +1,4 @@
-"""`onebase eval`: loss, perplexity and token accuracy of an adapter on a file, beside those of the base alone."""
+"""`onebase eval`: an adapter on a file. Tokens beside the base alone: loss, perplexity, accuracy. The rest: judging.py."""
 
 import time
 from dataclasses import dataclass
@@ -46,10 +46,10 @@ def evaluate(  # noqa: PLR0913 (a verb's options are its parameters)
     trust_remote_code: options.TrustRemoteCode = False,
     allow_base_mismatch: options.AllowBaseMismatch = False,
 ) -> None:
-    """Measure an adapter on a file, beside its base.
+    """Measure an adapter on a file.
 
-    Chats and texts: loss (nats a labelled token), perplexity, and the share of labelled tokens ranked first. Classes:
-    accuracy, macro F1, AUROC, ECE and Brier; numbers: MSE, MAE and R2; each with a bootstrap interval, also by slices.
+    Chats and texts, beside the base alone: loss (nats a labelled token), perplexity, and the share of labelled tokens
+    ranked first. Classes: accuracy, macro F1, AUROC, ECE and Brier; numbers: MSE, MAE and R2; each with a bootstrap interval, also by slices.
     """
     opened = open_adapter_or_model(adapter, BaseOptions(model, dtype, device, trust_remote_code, allow_base_mismatch))
     if slices and opened.task in TOKEN_TASKS:

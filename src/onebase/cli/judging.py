@@ -32,8 +32,8 @@ def judge_whole(
             f"{opened.bank.base.name}: its files hold no head for this task ({', '.join(head.fresh)}), so there is nothing to "
             "measure without an adapter. Leave --base-only away."
         )
-    columns = opened.slices if slices is None else slices
-    members_of(prepared.examples, columns)  # a column that is not there is told before the work
+    columns, option = (opened.slices, "eval.slices") if slices is None else (slices, "--slice")
+    members_of(prepared.examples, columns, option=option)  # a column that is not there is told before the work
     started = time.perf_counter()
     label = f"adapter {opened.label}" if adapter else f"base {opened.bank.base.name}"
     with counting(label, len(prepared.examples), "rows") as advance:

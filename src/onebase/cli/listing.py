@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from onebase.cli import options, terminal
+from onebase.measure.naming import METRICS, shown
 
 if TYPE_CHECKING:
     from onebase.base.hub import ModelAtHand
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from onebase.files.run_folder import RunSummary
 
 _INDENT = "    "
+_SCORE = 4
+"""The place of the score in the list of runs, behind the loss."""
 _LESS = ("memory", "examples/s", "train loss", "before")
 """What the list of runs leaves out where a terminal is narrow; --json and result.json have it."""
 
@@ -141,8 +144,13 @@ def runs(
     if not found:
         terminal.say(f"{folder}: no runs there. Start one: onebase train CONFIG --out {folder}/NAME")
         return
-    head = ("run", "state", "steps", "valid loss", "before", "train loss", "examples/s", "memory", "method")
-    terminal.stdout().print(terminal.table(head, map(_run_row, found), left=2, fold=("run", "state"), less=_LESS))
+    head = ["run", "state", "steps", "valid loss", "before", "train loss", "examples/s", "memory", "method"]
+    rows, scores = [[*_run_row(run)] for run in found], [_score(run) for run in found]
+    if any(scores):  # of classes or numbers
+        head.insert(_SCORE, "score")
+        for row, score in zip(rows, scores, strict=True):
+            row.insert(_SCORE, score or "-")
+    terminal.stdout().print(terminal.table(head, rows, left=2, fold=("run", "state"), less=_LESS))
     for run in found:
         if run.note:
             terminal.warn(run.note)
@@ -175,6 +183,13 @@ def _run_row(run: "RunSummary") -> Sequence[str]:
         terminal.size(result.peak_device_bytes or result.peak_rss_bytes),
         run.method or "-",
     )
+
+
+def _score(run: "RunSummary") -> str:
+    """Return the share of the validation rows that are right, or R2 of numbers; "" where tokens were learned."""
+    values = run.last_metrics if run.result is None else run.result.more
+    found = {name: values.get(f"valid_{name}") for name in ("accuracy", "r2")}
+    return next((f"{METRICS[name]} {shown(name, one)}" for name, one in found.items() if isinstance(one, float)), "")
 
 
 def _loss(value: Any) -> str:

@@ -153,6 +153,7 @@ def _show(opened: Opened, found: "Merge", rows: str, adapter_seconds: float) -> 
             "loading it",
             f"{terminal.duration(found.load_seconds)}; the adapter onto a loaded base: {adapter_seconds:.2f} s",
         ),
+        ("next", f"onebase eval {found.folder} --data FILE"),
     ]
     if found.untied:
         facts.insert(

@@ -10,7 +10,6 @@ from onebase.cli.scores import TOKEN_TASKS, named
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from onebase.cli.scores import Judged
     from onebase.config.methods import AdapterSettings
@@ -77,7 +76,7 @@ def _learning_rate(plan: "Plan", settings: "Settings") -> str:
     return f"{plan.learning_rate:g} ({origin}), {schedule}{warm_up}"
 
 
-def _costs(plan: "Plan", title: str) -> "Table":
+def _costs(plan: "Plan", title: str) -> terminal.Trimmed:
     """Return the table of what this training needs and what full fine-tuning would."""
     total = plan.total_parameters
     share = terminal.percent(plan.trainable_parameters / total)
@@ -124,7 +123,7 @@ def show_result(out: "Console", result: "Result", scores: Mapping[int, "Judged"]
         out.print(f"use it:      onebase predict {place} --data FILE", soft_wrap=True)
 
 
-def _before_and_after(result: "Result", scores: Mapping[int, "Judged"], task: str) -> "Table":
+def _before_and_after(result: "Result", scores: Mapping[int, "Judged"], task: str) -> terminal.Trimmed:
     """Return the table of the validation rows' scores; accuracies of evaluations in an earlier process are not known."""
     last = result.best_step if result.best_step is not None else result.steps
     if 0 in scores and last in scores:

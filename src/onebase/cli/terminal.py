@@ -9,12 +9,14 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -76,21 +78,39 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@dataclass(frozen=True)
+class Trimmed:
+    """A table whose lines end where their last word ends."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for line in console.render_lines(self.table, options, pad=False):
+            while line and not line[-1].text.rstrip(" "):
+                line.pop()
+            if line:
+                text, style, control = line.pop()
+                yield from line
+                yield Segment(text.rstrip(" "), style, control)
+            yield Segment.line()
+
+
 def table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
-    left: int = 1,
+    left: int | Sequence[int] = 1,
     fold: Sequence[str] = (),
     less: Sequence[str] = (),
-) -> Table:
-    """Return a table whose first `left` columns are words and the others numbers.
+) -> Trimmed:
+    """Return a table whose first `left` columns, or those of these places, are words and the others numbers.
 
     A cell is never cut. What does not fit goes on in the next line, in the columns named in `fold` first. Where that is
     not enough, the columns move closer and their heads go on in the next line, and those named in `less` are left out,
     the first first.
     """
     kept, tight = list(head), False
+    words = [place < left if isinstance(left, int) else place in left for place in range(len(kept))]
     lines = [list(row) for row in rows]
     room = stdout().width
     if _least_width(kept, lines, fold, tight=tight) > room:
@@ -98,7 +118,7 @@ def table(
         for name in less:
             if _least_width(kept, lines, fold, tight=tight) > room:
                 place = kept.index(name)
-                del kept[place]
+                del kept[place], words[place]
                 for line in lines:
                     del line[place]
     whole = _least_width(kept, lines, fold, tight=tight) <= room
@@ -106,7 +126,7 @@ def table(
     for place, name in enumerate(kept):
         made.add_column(
             name.replace(" ", "\n") if tight and name not in fold else name,
-            justify="left" if place < left else "right",
+            justify="left" if words[place] else "right",
             vertical="bottom" if tight else "top",
             overflow="fold",
             no_wrap=bool(fold) and whole and name not in fold,
@@ -114,7 +134,7 @@ def table(
         )
     for line in lines:
         made.add_row(*(Text(cell) for cell in line))
-    return made
+    return Trimmed(made)
 
 
 def fits(head: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
@@ -135,14 +155,14 @@ def _least_width(head: Sequence[str], rows: Sequence[Sequence[str]], fold: Seque
     return sum(widths) + (2 if tight else 3) * (len(widths) - 1)
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> Table:
+def facts(rows: Iterable[tuple[str, str]]) -> Trimmed:
     """Return names and what they are, in two columns without lines."""
     made = Table.grid(padding=(0, 2))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows:
         made.add_row(Text(name), Text(value))
-    return made
+    return Trimmed(made)
 
 
 def counted(number: int, word: str) -> str:

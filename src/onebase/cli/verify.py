@@ -1,6 +1,7 @@
 """`onebase verify`: an adapter against its own promises, on its base and real rows: one table, exit code 1 if one fails."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,13 +108,16 @@ def _show(opened: Opened, rows: str, count: int, checks: "Sequence[Check]") -> N
     out.print(f"{opened.label} on {opened.base_line}; {terminal.counted(count, 'row')} of {rows}", soft_wrap=True)
     head, lines = ("check", "", "found", "bound", ""), [_row(check) for check in checks]
     if terminal.fits(head, lines):
-        table = terminal.table(head, lines, left=2)
-        table.columns[-1].justify = "left"
-        out.print(table)
-        return
-    out.print(terminal.table(head[:-1], [line[:-1] for line in lines], left=2))  # what is said would be a word a line
+        out.print(terminal.table(head, lines, left=(0, 1, 4)))
+    else:
+        out.print(
+            terminal.table(head[:-1], [line[:-1] for line in lines], left=2)
+        )  # else a word a line of what is said
+        out.print()
+        out.print(terminal.facts((check.name, check.said) for check in checks))
+    count = Counter(check.state for check in checks)
     out.print()
-    out.print(terminal.facts((check.name, check.said) for check in checks))
+    out.print(f"{count['ok']} ok, {count['failed']} failed, {count['not applicable']} not applicable")
 
 
 def _row(check: "Check") -> tuple[str, ...]:

@@ -76,17 +76,21 @@ class TaskScores:
         ]
 
 
-def members_of(examples: Examples, columns: Sequence[str]) -> dict[str, list[tuple[str, NDArray[np.int64]]]]:
+def members_of(
+    examples: Examples, columns: Sequence[str], *, option: str = "eval.slices"
+) -> dict[str, list[tuple[str, NDArray[np.int64]]]]:
     """Return, for each column, its values and the numbers of the examples whose rows have them.
+
+    `option` is where the columns were named, for the error.
 
     Raises:
         ConfigError: no row has one of the columns, or it has too many values for slices.
     """
-    found = slices_of([example.values for example in examples], columns)
+    found = slices_of([example.values for example in examples], columns, option=option)
     for column, values in found.items():
         if len(values) > _MOST_SLICES:
             raise ConfigError(
-                f"eval.slices: '{column}' has {len(values):,} values, at most {_MOST_SLICES} make slices. Name a column "
+                f"{option}: '{column}' has {len(values):,} values, at most {_MOST_SLICES} make slices. Name a column "
                 "that sorts the rows into few kinds."
             )
     return found

@@ -156,12 +156,12 @@ def resample(examples: int, seed: int, number: int) -> Int64[np.ndarray, " examp
 
 
 def slices_of(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, option: str = "eval.slices"
 ) -> dict[str, list[tuple[str, Int64[np.ndarray, " members"]]]]:
     """Return, for each column, its values as text and the numbers of the rows that have them, the most frequent first.
 
     Values that are equally frequent stand in the order of their text. Rows without the column, or with null in it, form
-    a slice of their own, '(none)'.
+    a slice of their own, '(none)'. `option` is where the columns were named, for the error.
 
     Raises:
         ConfigError: no row has one of the columns.
@@ -176,7 +176,7 @@ def slices_of(
             problems.append(f"no row has the column '{column}'{closest}. The columns are: {there}.")
     if problems:
         message = problems[0] if len(problems) == 1 else list_problems(f"{len(rows)} rows", problems)
-        raise ConfigError(f"eval.slices: {message}")
+        raise ConfigError(f"{option}: {message}")
     return {column: _slices_of_column(rows, column) for column in columns}
 
 
