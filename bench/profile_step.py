@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from onebase.config.settings import TrainSettings
-from onebase.data.batches import batch_of_step, cut_by_tokens
+from onebase.data.batches import batch_of_step
+from onebase.measure.forward import batches_of
 from onebase.train.capacity import fit_budget
 from onebase.train.data import load_rows
 from onebase.train.member import Member
@@ -174,9 +175,9 @@ def _median_micro_batches(member: Member, batch_size: int) -> tuple[list[int], l
         numbers = batch_of_step(len(lengths), step, batch_size, seed=0).tolist()
         sums.append((int(lengths[numbers].sum()), numbers))
     numbers = sorted(sums)[len(sums) // 2][1]
-    cuts = cut_by_tokens(lengths[numbers].tolist(), member.budget_tokens)
-    tokens = [int(lengths[numbers[cut]].sum()) for cut in cuts]
-    labels = [sum(int(member.examples[n].labelled.sum()) for n in numbers[cut]) for cut in cuts]
+    batches = list(batches_of(member.bank, member.adapter.name, member.examples, numbers, member.budget_tokens))
+    tokens = [batch.layout.token_count for batch in batches]
+    labels = [batch.label_count for batch in batches]
     return tokens, labels
 
 

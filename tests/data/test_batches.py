@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from onebase.data.batches import (
     Front,
     batch_of_step,
-    cut_by_tokens,
     epoch_order,
     flatten,
     micro_batches,
@@ -56,13 +55,12 @@ def test_every_place_is_as_likely_for_every_example():
 
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 60))
 def test_cuts_are_in_order_lose_nothing_and_are_as_few_as_order_allows(lengths, budget):
-    cuts = cut_by_tokens(lengths, budget)
-    assert [place for cut in cuts for place in range(len(lengths))[cut]] == list(range(len(lengths)))
-    tokens = [sum(lengths[cut]) for cut in cuts]
-    for cut, count in zip(cuts, tokens, strict=True):
-        assert cut.stop > cut.start
-        assert count <= budget or cut.stop - cut.start == 1
-    assert all(count + lengths[after.start] > budget for count, after in zip(tokens, cuts[1:], strict=False))
+    batches = list(micro_batches(tiny.examples_of(*lengths), range(len(lengths)), budget, None))
+    assert [number for batch in batches for number in batch.examples] == list(range(len(lengths)))
+    tokens = [batch.layout.token_count for batch in batches]
+    assert all(count <= budget or len(one.examples) == 1 for count, one in zip(tokens, batches, strict=True))
+    after = [lengths[batch.examples[0]] for batch in batches[1:]]
+    assert all(count + length > budget for count, length in zip(tokens, after, strict=False))
 
 
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=8), st.integers(1, 40), st.sampled_from([None, "a"]))

@@ -7,7 +7,7 @@ from onebase.adapters.bank import Bank
 from onebase.base import memory
 from onebase.base.model import load
 from onebase.config.methods import Lora, PromptTuning
-from onebase.data.batches import cut_by_tokens
+from onebase.data.batches import micro_batches
 from onebase.errors import CapacityError
 from onebase.measure.forward import forward_loss
 from onebase.train import capacity
@@ -23,8 +23,8 @@ def test_micro_batches_are_cut_to_the_memory_there_is(shop, tmp_path, monkeypatc
     monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000)
     runs.run(settings, tmp_path / "narrow", watching=(narrow := Watching()))
     assert 50 < narrow.plans[0].micro_batch_tokens < roomy.plans[0].micro_batch_tokens == 1024
-    lengths = [40] * 8
-    assert len(cut_by_tokens(lengths, narrow.plans[0].micro_batch_tokens)) > 1
+    batches = micro_batches(examples_of(*[40] * 8), range(8), narrow.plans[0].micro_batch_tokens, None)
+    assert len(list(batches)) > 1
     assert [s.loss for s in narrow.steps] == pytest.approx([s.loss for s in roomy.steps], rel=1e-5)
 
 

@@ -160,13 +160,14 @@ def _logits(
     on_progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     """Return (examples, outputs) on the CPU, in the examples' order."""
-    found, done = [], 0
+    found: list[torch.Tensor] = []
+    order: list[int] = []
     for batch in batches_of(bank, name, examples, range(len(examples)), batch_tokens):
         found.append(task_logits(bank, batch).cpu())
-        done += len(batch.examples)
+        order += batch.examples
         if on_progress is not None:
-            on_progress(done, len(examples))
-    return torch.cat(found)
+            on_progress(len(order), len(examples))
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def _answers(problem: Problem, logits: torch.Tensor) -> NDArray[np.float64]:

@@ -76,13 +76,13 @@ def _padded(bank: Bank, name: str, batch: FlatBatch) -> Tensor:
 
 def _entries(batch: FlatBatch, virtual: int) -> Iterator[tuple[Tensor, list[int]]]:
     """Yield each example's own tokens, and the positions in them that predict something, without virtual tokens."""
-    layout = batch.layout
-    for start, node in zip(layout.starts, layout.nodes, strict=True):
-        if node.virtual == node.length:  # virtual tokens that all share
-            continue
-        first, end = start + node.virtual, start + node.length
-        within = (batch.label_rows >= start) & (batch.label_rows < end)
-        yield batch.token_ids[first:end], (batch.label_rows[within] - first).tolist()
+    layout, seen = batch.layout, 0
+    for leaf in layout.leaves:
+        start, node = layout.starts[leaf], layout.nodes[leaf]
+        rows = [*layout.ancestor_rows(leaf), *range(start, start + node.length)]
+        predict = batch.label_rows[seen : seen + node.labels].tolist()
+        seen += node.labels
+        yield batch.token_ids[rows[virtual:]], [rows.index(row) - virtual for row in predict]
 
 
 def _filled(line: Tensor, length: int, value: int) -> Tensor:

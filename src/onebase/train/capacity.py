@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onebase.adapters.bank import Bank
 from onebase.base import memory
-from onebase.data.batches import FlatBatch
+from onebase.data.batches import FlatBatch, Front, flatten
 from onebase.data.examples import Examples
 from onebase.errors import CapacityError
 from onebase.measure.forward import batches_of, forward_loss
@@ -99,8 +99,11 @@ def kept_bytes_per_token(bank: Bank, name: str, examples: Examples, *, recompute
 
 
 def _counted_bytes_per_token(bank: Bank, name: str, examples: Examples) -> float:
-    order = np.argsort(examples.lengths, kind="stable").tolist()
-    batch = next(batches_of(bank, name, examples, order, _PROBE_TOKENS + len(bank.virtual_ids(name))))
+    order = np.argsort(examples.lengths, kind="stable")
+    virtual = bank.virtual_ids(name)
+    few = order[: 1 + int(np.searchsorted(np.cumsum(examples.lengths[order] + len(virtual)), _PROBE_TOKENS))].tolist()
+    # nothing shared: what examples with a common prefix keep is never more
+    batch = flatten([examples[n] for n in few], few, name, Front(virtual))
     seen: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in bank.base.model.parameters()}
 

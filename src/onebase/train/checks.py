@@ -24,9 +24,9 @@ def check_losses(rows: RowLosses, batch: FlatBatch, examples: Examples, step: in
     bad = ~torch.isfinite(rows.loss)
     if not bool(bad.any()):
         return
-    ends = torch.tensor([node.length for node in batch.layout.nodes]).cumsum(0)
-    owner = torch.searchsorted(ends, batch.label_rows[bad.cpu()], right=True)
-    places = [examples[batch.layout.nodes[i].example].place for i in sorted(set(owner.tolist()))]
+    counts = [1 if batch.targets is not None else batch.layout.nodes[leaf].labels for leaf in batch.layout.leaves]
+    of_label = torch.tensor(batch.examples).repeat_interleave(torch.tensor(counts))
+    places = [examples[number].place for number in dict.fromkeys(of_label[bad.cpu()].tolist())]
     shown = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
     raise TrainingError(
         f"step {step}: the loss is not finite ({int(bad.sum())} of {len(bad)} labelled tokens), first in {shown}. "
