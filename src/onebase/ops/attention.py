@@ -9,6 +9,7 @@ needs no mask: its padding lies after every real token. Registered with the mode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +63,13 @@ def flat_attention(
     """Return every token's attention over its own example; equal to `reference`."""
     q, k, v = (spread_rows(part.transpose(0, 1), layout.slots, layout.slot_count) for part in (query, key, value))
     outputs = []
-    for group in layout.groups:
+    for number, group in enumerate(layout.groups):
         parts = (_of_group(q, group), _of_group(k, group), _of_group(v, group))
-        outputs.append(_group_attention(*parts, key, value, group, rule))
+        plain = rule.causal and group.ancestors is None and (rule.window is None or group.width <= rule.window)
+        mask = None
+        if not plain:  # the same in every layer that has the same rule
+            mask = layout.once((number, rule, q.device), partial(_group_mask, group, rule, q.device))
+        outputs.append(_group_attention(*parts, key, value, group, rule, mask))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return take_rows(joined, layout.slots)
 
@@ -105,19 +110,21 @@ def _of_group(slots: Tensor, group: Group) -> Tensor:
 
 
 def _group_attention(
-    q: Tensor, k: Tensor, v: Tensor, all_keys: Tensor, all_values: Tensor, group: Group, rule: AttentionRule
-) -> Tensor:
-    """Return one group's output, (count * width, heads, dim_v)."""
+    q: Tensor, k: Tensor, v: Tensor, all_keys: Tensor, all_values: Tensor, group: Group, rule: AttentionRule,
+    mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return one group's output, (count * width, heads, dim_v); without a mask every key up to the query's own is seen."""
     if group.ancestors is not None:
         k = torch.cat([_ancestors(all_keys, group.ancestors), k], 2)
         v = torch.cat([_ancestors(all_values, group.ancestors), v], 2)
     repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
+    grouped = rule.soft_cap is None and q.device.type == "cpu"  # torch's kernel there reads shared heads where they lie
+    if repeat > 1 and not grouped:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    plain = rule.causal and group.ancestors is None and (rule.window is None or group.width <= rule.window)
-    mask = None if plain else _group_mask(group, rule).to(q.device)
     if rule.soft_cap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=rule.scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=rule.scale, enable_gqa=grouped and repeat > 1
+        )
     else:
         scores = rule.soft_cap * torch.tanh(q @ k.transpose(2, 3) * (_scale(q, rule) / rule.soft_cap))
         seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
@@ -131,7 +138,7 @@ def _ancestors(rows: Tensor, index: Tensor) -> Tensor:
     return picked.view(picked.shape[0], *index.shape, picked.shape[2]).transpose(0, 1)
 
 
-def _group_mask(group: Group, rule: AttentionRule) -> Bool[Tensor, "count 1 width keys"]:
+def _group_mask(group: Group, rule: AttentionRule, device: torch.device) -> Bool[Tensor, "count 1 width keys"]:
     """Return which key each query may see; a padded query sees its node's first token, so that no row is empty."""
     prefix = 0 if group.ancestors is None else group.ancestors.shape[1]
     own = torch.arange(group.width)
@@ -150,7 +157,7 @@ def _group_mask(group: Group, rule: AttentionRule) -> Bool[Tensor, "count 1 widt
     mask = _allowed(query_position[:, :, None] - key_position[:, None, :], rule) & real[:, None, :]
     padded = own >= group.lengths[:, None]
     mask[..., prefix] |= padded
-    return mask[:, None]
+    return mask[:, None].to(device)
 
 
 def _allowed(distance: Tensor, rule: AttentionRule) -> Tensor:

@@ -12,7 +12,7 @@ that an example's arithmetic is the same whatever it shares a batch with.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +63,7 @@ class Layout:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = tuple(nodes)
+        self._made: dict[Hashable, Tensor] = {}
         if not self.nodes:
             raise ValueError("a layout has at least one node")
         for index, node in enumerate(self.nodes):
@@ -74,6 +75,12 @@ class Layout:
                 raise ValueError(f"node {index} of {node.owner!r} has a parent of {self.nodes[node.parent].owner!r}")
             if not 0 <= node.virtual <= node.length:
                 raise ValueError(f"node {index}: {node.virtual} of its {node.length} tokens cannot be virtual")
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return what was made for this key the first time it was asked for: masks and index tensors on a device."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

@@ -195,23 +195,36 @@ def _backward(
 ) -> list[Tensor]:
     """Return [dx, dA of every pair, dB of every pair]; `needs` says whether dx, and whether the others are filled."""
     need_dx, need_dw = needs
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
-    dA = [torch.zeros_like(A) for A in lora_A]
-    dB = [torch.zeros_like(B) for B in lora_B]
-    numbers = _Index.of(index)
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dA: dict[int, Tensor] = {}
+    dB: dict[int, Tensor] = {}
+    numbers, filled = _Index.of(index), 0
     for start, end, pair in numbers.stretches:
         A, B = lora_A[pair].to(grad.dtype), lora_B[pair].to(grad.dtype)
         g, h_rows = grad[start:end], h[start:end, : A.shape[0]]
         dh = (g @ B).mul_(numbers.scaling[pair])
         if need_dw:
-            dA[pair] += dh.T @ numbers.dropped(x[start:end], start, end, pair)
-            dB[pair] += (h_rows.T @ g).T * numbers.scaling[pair]
+            _add(dA, pair, dh.T @ numbers.dropped(x[start:end], start, end, pair))
+            _add(dB, pair, (h_rows.T @ g).mul_(numbers.scaling[pair]).T.contiguous())
         if need_dx:
+            dx[filled:start] = 0
             torch.mm(dh, A, out=dx[start:end])
             mask = numbers.mask(start, end, pair, x.shape[1])
             if mask is not None:
                 dx[start:end].mul_(mask).div_(1 - numbers.dropout[pair])
-    return [dx, *dA, *dB]
+            filled = end
+    if need_dx:
+        dx[filled:] = 0
+    found = [(dA, lora_A), (dB, lora_B)]
+    return [
+        dx,
+        *(sums[i].to(w.dtype) if i in sums else torch.zeros_like(w) for sums, ws in found for i, w in enumerate(ws)),
+    ]
+
+
+def _add(sums: dict[int, Tensor], pair: int, gradient: Tensor) -> None:
+    """Add a stretch's gradient to that of its pair; most pairs have one stretch, and nothing to be added to."""
+    sums[pair] = sums[pair].add_(gradient) if pair in sums else gradient
 
 
 @_backward.register_fake
