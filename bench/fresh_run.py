@@ -69,22 +69,26 @@ def train_in_fresh_process(settings: Mapping[str, Any], out: Path) -> Finished:
     """
     settings_path = write_settings(out.with_name(f"{out.name}.settings.yaml"), settings)
     log = out.with_name(f"{out.name}.log")
-    began = time.perf_counter()
     with log.open("wb") as file:
         # Where a bench has imported onebase, MKL's strict mode stands in its environment: a user's shell has none.
         own = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
         process = subprocess.Popen(train_command(settings_path, out), stdout=file, stderr=subprocess.STDOUT, env=own)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.perf_counter() - began
+        taken = wait_for(process)
     if process.returncode != 0:
         end = log.read_text(encoding="utf-8", errors="replace")[-3000:]
         if process.returncode == 2:
             raise RefusedError(end.strip())
         raise RuntimeError(f"onebase train ended with exit code {process.returncode}:\n{end}")
     return Finished(
-        result=json.loads((out / "result.json").read_text(encoding="utf-8")),
-        wall_seconds=wall,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        peak_rss_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        json.loads((out / "result.json").read_text(encoding="utf-8")),
+        *taken,
     )
+
+
+def wait_for(process: subprocess.Popen[bytes]) -> tuple[float, float, int]:
+    """Wait for a process that was just started; return its wall seconds, processor seconds and peak memory in bytes."""
+    began = time.perf_counter()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, peak

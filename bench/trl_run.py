@@ -1,0 +1,78 @@
+"""One training by TRL's SFTTrainer with PEFT, as its users write it: what train_vs_trl.py compares with.
+
+    python bench/trl_run.py JOB.json
+
+The job names the model's folder, the rows (token ids and labels, in the order in which they are to be seen), LoRA's and the
+trainer's settings and where the adapter goes. Prints one JSON object: seconds of the training loop, the loss and the
+learning rate of every step. Imports no onebase.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+
+def main() -> None:
+    """Train and print what came of it."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.manual_seed(job["seed"])
+    trainer = trainer_of(job)
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    trainer.model.save_pretrained(job["out"])
+    steps = [record for record in trainer.state.log_history if "loss" in record]
+    found = {
+        "seconds": seconds,
+        "losses": [record["loss"] for record in steps],
+        "learning_rates": [record["learning_rate"] for record in steps],
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    }
+    sys.stdout.write(f"\n{json.dumps(found)}\n")
+
+
+def trainer_of(job: dict[str, Any]) -> SFTTrainer:
+    """Return the trainer of a job; `job["trainer"]` are settings of SFTConfig that differ from those below."""
+    settings = {
+        "output_dir": str(Path(job["out"]).with_suffix(".trainer")),
+        "max_steps": job["steps"],
+        "per_device_train_batch_size": job["batch_size"],
+        "learning_rate": job["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": job["seed"],
+        **job["trainer"],
+    }
+    return SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"]),
+        args=SFTConfig(**settings),
+        train_dataset=Dataset.from_json(job["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **job["lora"]),
+    )
+
+
+if __name__ == "__main__":
+    main()
