@@ -1,11 +1,12 @@
 """The same adapter on the same rows to the same loss, in a fraction of the time and memory of TRL with PEFT.
 
-    python bench/train_vs_trl.py --workloads short long mixed --pairs 3
+    python bench/train_vs_trl.py --workloads short long mixed classes --pairs 3
 
-onebase and TRL's SFTTrainer with PEFT train in fresh processes in turns (A B A B): same model, rows in the same order,
-rank, targets, batch, steps, learning rate at every step; ratios are taken pair by pair. TRL runs at its best on this
-machine: fp32, no activation checkpointing, labels given as token ids, so that it prepares nothing. One evaluator scores
-both adapters on the same held-out rows: mean loss over labelled tokens. Tokens are the rows' real ones for both.
+onebase and TRL's SFTTrainer with PEFT (for classes transformers' Trainer with PEFT) train in fresh processes in turns
+(A B A B): same model, same first values of the adapter, rows in the same order, rank, targets, batch, steps, learning
+rate at every step; ratios are taken pair by pair. TRL runs at its best on this machine: fp32, no activation
+checkpointing, labels given as token ids, so that it prepares nothing. One evaluator scores both adapters on the same
+held-out rows: mean loss over labelled tokens or rows. Tokens are the rows' real ones for both.
 Seconds are of the training loop; processor seconds and peak memory are of the whole process. The record is written
 after each pair, and goes on from the pairs that are in it.
 """
@@ -16,6 +17,7 @@ import argparse
 import gc
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,10 +34,11 @@ import onebase.api as ob  # before all that imports torch
 from fresh_run import Finished, train_in_fresh_process, wait_for
 from record import DATA, MODEL, ROOT, Record, median_and_spread
 
+from onebase.base.model import load
 from onebase.config.settings import DataSettings
 from onebase.data.batches import batch_of_step
-from onebase.measure.evaluate import evaluate
-from onebase.train.data import load_rows
+from onebase.measure.judge import score
+from onebase.train.data import labels_in, load_rows
 from onebase.train.opening import open_adapter
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -50,12 +53,14 @@ class Workload:
     steps: int
     learning_rate: float = 2e-4
     max_length: int = 1024
+    model: str = MODEL
 
 
 WORKLOADS = {
-    "short": Workload("chat", batch_size=16, steps=10),
+    "short": Workload("chat", batch_size=16, steps=20),
     "long": Workload("text", batch_size=4, steps=6),
     "mixed": Workload("text", batch_size=16, steps=8),
+    "classes": Workload("classify", batch_size=16, steps=60, learning_rate=1e-3, max_length=256, model="minilm-l6-v2"),
 }
 
 
@@ -87,7 +92,7 @@ def run_pair(args: argparse.Namespace, name: str, first: int) -> dict[str, Any]:
         same_rates = max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-6 * workload.learning_rate
         first_losses = [runs[who]["losses"][0] for who in ("onebase", "trl")]
         for who, adapter in (("onebase", scratch / "run" / "adapter"), ("trl", Path(job["out"]))):
-            runs[who]["valid_loss"] = score(args, workload, valid, adapter)
+            runs[who]["valid_loss"] = loss_on(args, workload, valid, adapter)
     return {
         **runs,
         "tokens": tokens,
@@ -102,8 +107,9 @@ def rows_of(args: argparse.Namespace, name: str, scratch: Path) -> tuple[Path, P
     Long and mixed rows are the sources of Python's standard library, which every machine has: whole files, cut into
     windows of 1,024 tokens; or beginnings of them, of 50 to 3,000 characters, most of them short.
     """
-    if name == "short":
-        return args.train, args.valid
+    if name in ("short", "classes"):
+        kind = "define" if name == "short" else "category"
+        return DATA / f"{kind}-train.jsonl", DATA / f"{kind}-valid.jsonl"
     draws = random.Random(0)
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
     texts = [text for text in texts if len(text) > 3000]
@@ -118,10 +124,17 @@ def rows_of(args: argparse.Namespace, name: str, scratch: Path) -> tuple[Path, P
 
 
 def write_job(args: argparse.Namespace, workload: Workload, train: Path, scratch: Path) -> tuple[dict[str, Any], int]:
-    """Return TRL's job, with the rows as token ids in the order in which onebase visits them, and their tokens."""
-    base = ob.load(args.model, dtype="float32", device="cpu")
+    """Return TRL's job, with the rows as token ids in the order in which onebase visits them, and their tokens.
+
+    The adapter that both start from is written beside it.
+    """
     reading = DataSettings(train=str(train), max_length=workload.max_length)
+    labels = labels_in(reading, workload.task)
+    base = load(workload.model, dtype="float32", device="cpu", labels=labels)
     examples = load_rows(train, reading, workload.task, base).examples
+    bank = ob.Bank(base)
+    bank.add("start", ob.Lora(**LORA), seed=0)
+    bank.save("start", scratch / "start")
     order = [
         int(number)
         for step in range(workload.steps)
@@ -129,25 +142,30 @@ def write_job(args: argparse.Namespace, workload: Workload, train: Path, scratch
     ]
     lines = []
     for number in order:
-        ids, labelled = examples[number].token_ids.tolist(), examples[number].labelled.tolist()
-        labels = [token if counts else -100 for token, counts in zip(ids, labelled, strict=True)]
-        lines.append(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
+        example = examples[number]
+        ids, labelled = example.token_ids.tolist(), example.labelled.tolist()
+        answer: Any = [token if counts else -100 for token, counts in zip(ids, labelled, strict=True)]
+        if labels is not None:
+            assert example.target is not None
+            answer = int(example.target)
+        lines.append(json.dumps({"input_ids": ids, "labels": answer}) + "\n")
     rows = scratch / "rows.jsonl"
     rows.write_text("".join(lines), encoding="utf-8")
     job = {
-        "model": str(ob.model_path(args.model)),
+        "model": str(ob.model_path(workload.model)),
+        "classes": None if labels is None else len(labels.names),
         "rows": str(rows),
+        "start": str(scratch / "start"),
         "out": str(scratch / "trl"),
         "steps": workload.steps,
         "batch_size": workload.batch_size,
         "learning_rate": workload.learning_rate,
-        "lora": LORA,
         "dtype": "float32",
         "seed": 0,
         "trainer": {"use_cpu": True},
     }
     tokens = int(examples.lengths[order].sum())
-    del base
+    del base, bank
     gc.collect()
     return job, tokens
 
@@ -155,10 +173,10 @@ def write_job(args: argparse.Namespace, workload: Workload, train: Path, scratch
 def run_onebase(args: argparse.Namespace, workload: Workload, train: Path, scratch: Path) -> dict[str, Any]:
     """Return what `onebase train` took, with the loss and the learning rate of every step."""
     settings = {
-        "model": args.model,
+        "model": workload.model,
         "task": workload.task,
         "data": {"train": str(train), "max_length": workload.max_length},
-        "adapter": {"method": "lora", **LORA},
+        "adapter": {"method": "lora", **LORA, "init_from": str(scratch / "start")},
         "train": {
             "steps": workload.steps,
             "batch_size": workload.batch_size,
@@ -187,6 +205,9 @@ def run_trl(job: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         done = wait_for(process)
     if process.returncode:
         raise RuntimeError((scratch / "trl.err").read_text(encoding="utf-8", errors="replace")[-3000:])
+    for name in ("onebase.json", "config.json"):  # what PEFT's folder does not say: the base's name, the classes' names
+        if (Path(job["start"]) / name).exists():
+            shutil.copy(Path(job["start"]) / name, job["out"])
     told = json.loads((scratch / "trl.out").read_text(encoding="utf-8").splitlines()[-1])
     return {**_taken(Finished(told, *done)), "losses": told["losses"], "learning_rates": told["learning_rates"]}
 
@@ -200,12 +221,12 @@ def _taken(done: Finished) -> dict[str, Any]:
     }
 
 
-def score(args: argparse.Namespace, workload: Workload, valid: Path, adapter: Path) -> float:
-    """Return the mean loss over the labelled tokens of the held-out rows."""
-    opened = open_adapter(adapter, model=args.model, dtype="float32", device="cpu")
+def loss_on(args: argparse.Namespace, workload: Workload, valid: Path, adapter: Path) -> float:
+    """Return the mean loss over the labelled tokens, or the rows, that were held out."""
+    opened = open_adapter(adapter, model=workload.model, dtype="float32", device="cpu")
     reading = DataSettings(train=str(valid), max_length=workload.max_length)
     examples = load_rows(valid, reading, workload.task, opened.bank.base).examples
-    return evaluate(opened.bank, opened.adapter.name, examples[: args.scored]).loss
+    return score(opened.bank, opened.adapter.name, examples[: args.scored]).loss
 
 
 def summarise(pairs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -254,9 +275,6 @@ def _as_json(names: Sequence[str]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--train", type=Path, default=DATA / "define-train.jsonl")
-    parser.add_argument("--valid", type=Path, default=DATA / "define-valid.jsonl")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--scored", type=int, default=100, help="held-out examples")

@@ -1,10 +1,10 @@
-"""One training by TRL's SFTTrainer with PEFT, as its users write it: what train_vs_trl.py compares with.
+"""One training by TRL's SFTTrainer or transformers' Trainer with PEFT, as its users write it: train_vs_trl.py's other side.
 
     python bench/trl_run.py JOB.json
 
-The job names the model's folder, the rows (token ids and labels, in the order in which they are to be seen), LoRA's and the
-trainer's settings and where the adapter goes. Prints one JSON object: seconds of the training loop, the loss and the
-learning rate of every step. Imports no onebase.
+The job names the model's folder, the adapter to start from, the rows (token ids and labels, in the order in which they are
+to be seen), the trainer's settings and where the adapter goes. Prints one JSON object: seconds of the training loop, the
+loss and the learning rate of every step. Imports no onebase.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 
@@ -42,8 +49,8 @@ def main() -> None:
     sys.stdout.write(f"\n{json.dumps(found)}\n")
 
 
-def trainer_of(job: dict[str, Any]) -> SFTTrainer:
-    """Return the trainer of a job; `job["trainer"]` are settings of SFTConfig that differ from those below."""
+def trainer_of(job: dict[str, Any]) -> Trainer:
+    """Return the trainer of a job; `job["trainer"]` are settings of its arguments that differ from those below."""
     settings = {
         "output_dir": str(Path(job["out"]).with_suffix(".trainer")),
         "max_steps": job["steps"],
@@ -53,7 +60,6 @@ def trainer_of(job: dict[str, Any]) -> SFTTrainer:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "max_length": None,
         "bf16": False,
         "gradient_checkpointing": False,
         "train_sampling_strategy": "sequential",
@@ -65,12 +71,27 @@ def trainer_of(job: dict[str, Any]) -> SFTTrainer:
         "seed": job["seed"],
         **job["trainer"],
     }
+    rows, tokenizer = Dataset.from_json(job["rows"]), AutoTokenizer.from_pretrained(job["model"])
+    if job["classes"]:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            job["model"],
+            dtype=job["dtype"],
+            num_labels=job["classes"],
+            hidden_dropout_prob=0.0,  # the base's own dropout, which would draw other numbers, is off on both sides
+            attention_probs_dropout_prob=0.0,
+        )
+        return Trainer(
+            model=PeftModel.from_pretrained(model, job["start"], is_trainable=True),
+            args=TrainingArguments(**settings),
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
     return SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"]),
-        args=SFTConfig(**settings),
-        train_dataset=Dataset.from_json(job["rows"]),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **job["lora"]),
+        model=PeftModel.from_pretrained(model, job["start"], is_trainable=True),
+        args=SFTConfig(max_length=None, **settings),
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
 
 
