@@ -230,7 +230,7 @@ def _fake_backward(
 
 
 # the plain way to make an operation: torch's decorator for it costs 80 us a call, as much as a small layer's products
-_LIBRARY = torch.library.Library("onebase", "DEF")
+_LIBRARY = torch.library.Library("onebase", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema, _function, _fake in (
     (
         "low_rank_forward",
