@@ -104,9 +104,9 @@ def test_no_line_of_a_table_or_of_facts_ends_in_blanks_and_no_word_is_lost(rows,
             (terminal.table(("one", "two", "three"), rows, left=left), rows),
             (terminal.facts((row[0], row[1]) for row in rows), [row[:2] for row in rows]),
         ):
-            out = Console(file=io.StringIO(), width=width)
-            out.print(made)
-            lines = out.file.getvalue().splitlines()
+            written = io.StringIO()
+            Console(file=written, width=width).print(made)
+            lines = written.getvalue().splitlines()
             assert lines == [line.rstrip() for line in lines]
             assert sorted(filter(str.isdigit, "".join(lines))) == sorted(
                 filter(str.isdigit, "".join(cell for row in cells for cell in row))

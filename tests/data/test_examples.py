@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase.config.labels import Labels
 from onebase.config.settings import SHORTEST_MAX_LENGTH
 from onebase.data.building import build_examples
 from onebase.data.examples import Example, Examples
@@ -121,6 +122,20 @@ def test_turns_beyond_max_length_are_left_out_of_a_row_that_is_split():
     cut, report = build_examples([row], BYTES, template=tiny.QWEN3, max_length=limit)
     assert (len(whole), len(cut), report.truncated, report.split) == (3, 1, 1, 1)
     assert same(cut[0], whole[0])
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_what_can_be_done_about_bad_rows_is_said_once(on_bad_row):
+    labels = Labels("single_label_classification", ("cat", "dog"))
+    rows = [Row({"text": "a", "label": "dgo"}, f"line {n}") for n in range(12)] + [Row({"text": "a"}, "line 12")]
+    with pytest.raises(DataError) as caught:
+        build_examples(reversed(rows), BYTES, task=labels, on_bad_row=on_bad_row)
+    message = str(caught.value)
+    assert message.count("is none of the 2 classes") == 9 and message.count("closest is 'dog'") == 9
+    assert message.count("Correct it, or leave the row out") == message.count("data.on_bad_row: skip") == 1
+    assert message.count("Name its column: data.columns: {label: COLUMN}") == 1
+    with pytest.raises(DataError, match=r"^(no row is left\n)?line 3: label 'dgo' .*'dog'\. Correct it, or leave"):
+        build_examples([rows[3]], BYTES, task=labels, on_bad_row=on_bad_row)
 
 
 def test_bad_rows_are_reported_together_the_first_ten_with_places_and_all_counted(tmp_path):

@@ -112,16 +112,16 @@ def test_a_system_setting_is_for_rows_without_one_of_their_own():
     ],
 )
 def test_a_row_that_cannot_be_learned_says_what_it_has_and_what_to_do(values, message):
-    assert message in fault_of(values).message
+    assert message in fault_of(values).told
 
 
 def test_prompt_and_completion_are_not_taken_for_plain_text():
     fault = fault_of({"prompt": "a", "completion": "b"}, text_of)
-    assert "Rows with 'prompt', 'completion' are for task: chat" in fault.message
-    assert "data.columns: {text: body}" in fault_of({"body": "a"}, text_of).message
-    assert "'text' is empty" in fault_of({"text": " "}, text_of).message
-    assert "must be a string, got int" in fault_of({"text": 1}, text_of).message
+    assert "Rows with 'prompt', 'completion' are for task: chat" in fault.told
+    assert "data.columns: {text: body}" in fault_of({"body": "a"}, text_of).told
+    assert "'text' is empty" in fault_of({"text": " "}, text_of).told
+    assert "must be a string, got int" in fault_of({"text": 1}, text_of).told
 
 
 def test_a_text_that_is_null_says_so():
-    assert fault_of({"text": None}, text_of).message.startswith("'text' is null. Fill it in")
+    assert fault_of({"text": None}, text_of).told.startswith("'text' is null. Fill it in")

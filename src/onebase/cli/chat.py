@@ -105,7 +105,7 @@ class Talk:
             chatting = self.asking.task == "chat"
             prompt = self.asking.of_messages(asked) if chatting else self.asking.of_text(question)
         except BadRow as bad:
-            terminal.warn(bad.fault.message)
+            terminal.warn(bad.fault.told)
             return False
         answer = _Answer(TokenText(self.asking.tokenizer, skip_special=True))
         try:

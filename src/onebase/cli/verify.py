@@ -110,14 +110,13 @@ def _show(opened: Opened, rows: str, count: int, checks: "Sequence[Check]") -> N
     if terminal.fits(head, lines):
         out.print(terminal.table(head, lines, left=(0, 1, 4)))
     else:
-        out.print(
-            terminal.table(head[:-1], [line[:-1] for line in lines], left=2)
-        )  # else a word a line of what is said
+        # Beside the numbers, what is said would be a word a line.
+        out.print(terminal.table(head[:-1], [line[:-1] for line in lines], left=2))
         out.print()
         out.print(terminal.facts((check.name, check.said) for check in checks))
-    count = Counter(check.state for check in checks)
+    states = Counter(check.state for check in checks)
     out.print()
-    out.print(f"{count['ok']} ok, {count['failed']} failed, {count['not applicable']} not applicable")
+    out.print(f"{states['ok']} ok, {states['failed']} failed, {states['not applicable']} not applicable")
 
 
 def _row(check: "Check") -> tuple[str, ...]:

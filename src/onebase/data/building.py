@@ -20,13 +20,12 @@ from onebase.config.settings import SHORTEST_MAX_LENGTH
 from onebase.data.chat import Renderer, Rendering
 from onebase.data.examples import Example, Examples, Report
 from onebase.data.labelled import Labelled
-from onebase.data.rows import BadRow, Fault, Row
+from onebase.data.rows import BadRow, Fault, Row, list_faults
 from onebase.data.shapes import conversation_of, text_of
 from onebase.data.text import text_windows
 from onebase.data.tokens import Encoded, Tokenizer, encode, special_ids, token_span, turn_end
-from onebase.errors import ConfigError, DataError, list_problems
+from onebase.errors import ConfigError, DataError
 
-SHOWN_ROWS = 10
 _CHUNK_ROWS = 1000
 
 
@@ -91,7 +90,8 @@ class _Chat:
             raise BadRow(
                 "all labels are cut off by max_length",
                 f"all labels are cut off: the row has {longest} tokens, max_length is {self.max_length}, and no "
-                "assistant turn starts within it. Raise data.max_length, or shorten the row.",
+                "assistant turn starts within it.",
+                "Raise data.max_length, or shorten the row.",
             )
         self.report.truncated += cut
         self.report.split += len(renderings) > 1
@@ -200,13 +200,12 @@ def _settle_faults(faults: list[tuple[str, Fault]], report: Report, on_bad_row: 
         report.dropped.setdefault(fault.reason, []).append(place)
     if not faults or (on_bad_row == "skip" and len(faults) < report.rows):
         return
-    problems = [f"{place}: {fault.message}" for place, fault in faults]
+    told = list_faults(faults, report.rows)
     if on_bad_row == "skip":
-        raise DataError("no row is left\n" + list_problems(f"{report.rows} rows", problems, shown=SHOWN_ROWS))
-    if len(problems) == 1:
-        raise DataError(problems[0])
-    advice = "data.on_bad_row: skip leaves such rows out and counts them."
-    raise DataError(f"{list_problems(f'{report.rows} rows', problems, shown=SHOWN_ROWS)}\n  {advice}")
+        raise DataError(f"no row is left\n{told}")
+    if len(faults) > 1 and "data.on_bad_row" not in told:
+        told += "\n  Leave such rows out; a training does it with data.on_bad_row: skip, and counts them."
+    raise DataError(told)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -76,8 +76,8 @@ class Renderer:
             raise BadRow(
                 f"the chat template refuses: {error}",
                 f"the chat template refuses the row: {error} ({type(error).__name__}; the roles are "
-                f"{', '.join(str(message['role']) for message in messages)}). Change the row, or the template "
-                "in data.template.",
+                f"{', '.join(str(message['role']) for message in messages)}).",
+                "Change the row, or the template in data.template.",
             ) from error
         return str(text)
 
@@ -134,7 +134,8 @@ class Renderer:
                 "the generation prompt is no prefix of the turn",
                 f"message {turn + 1} (assistant): the chat template ends the prompt with {prompt[kept:][-80:]!r}, but "
                 f"writes {through[kept:][:80]!r} there when the turn is given, so the model would learn to continue a "
-                "text that it is never asked to continue. Name a template without this difference in data.template.",
+                "text that it is never asked to continue.",
+                "Name a template without this difference in data.template.",
             )
         if not through[len(prompt) :].strip():
             raise BadRow(
@@ -146,8 +147,8 @@ class Renderer:
             if self.render([*messages[:turn], {"content": "", **bare}], tools, asking=False).startswith(through):
                 raise BadRow(
                     "the chat template ignores tool_calls",
-                    f"message {turn + 1} (assistant): the chat template ignores 'tool_calls'. Name one that writes "
-                    "them in data.template.",
+                    f"message {turn + 1} (assistant): the chat template ignores 'tool_calls'.",
+                    "Name one that writes them in data.template.",
                 )
 
     def _check_template_fits(self, messages: Messages, tools: Sequence[Any] | None, turn: int, prompt: str) -> None:

@@ -19,10 +19,10 @@ import numpy as np
 from onebase.config.labels import Labels
 from onebase.config.section import show
 from onebase.data.examples import Example, Examples, Report
-from onebase.data.rows import BadRow, Fault, Row
+from onebase.data.rows import BadRow, Fault, Row, list_faults
 from onebase.data.shapes import text_of
 from onebase.data.tokens import Tokenizer, encode
-from onebase.errors import DataError, list_problems
+from onebase.errors import DataError
 
 LARGEST_TARGET = 1e18
 _SHOWN_CLASSES = 8
@@ -70,7 +70,7 @@ class _Seen:
     def take(self, row: Row) -> None:
         """Add what a row's label says; the first fault is kept."""
         if row.fault is not None:
-            self.fault = self.fault or f"{row.place}: {row.fault.message}"
+            self.fault = self.fault or f"{row.place}: {row.fault.told}"
             return
         self.values = self.values or row.values
         value = row.values.get("label")
@@ -99,7 +99,7 @@ class _Seen:
                 "that a row may have several classes."
             )
         if self.first is None:
-            return _missing("no row has a 'label'", self.values, "label")
+            return " ".join(_missing("no row has a 'label'", self.values, "label"))
         if named:
             return None
         if not self.classes:
@@ -132,12 +132,12 @@ class _Seen:
         return None
 
 
-def _missing(what: str, values: Mapping[str, Any], role: str) -> str:
-    """Return the words for a label or target that is not there: which columns are, and how to name the right one."""
+def _missing(what: str, values: Mapping[str, Any], role: str) -> tuple[str, str]:
+    """Return the words for a label or target that is not there: which columns are; and how to name the right one."""
     if role in values:
-        return f"{what}: it is empty. Fill it in, or name another column: data.columns: {{{role}: COLUMN}}"
+        return f"{what}: it is empty.", f"Fill it in, or name another column: data.columns: {{{role}: COLUMN}}"
     there = f"; the columns are {', '.join(map(show, values))}" if values else ""
-    return f"{what}{there}. Name its column: data.columns: {{{role}: COLUMN}}"
+    return f"{what}{there}.", f"Name its column: data.columns: {{{role}: COLUMN}}"
 
 
 def _is_label(value: Any) -> bool:
@@ -187,10 +187,10 @@ class Labelled:
                 return text, 0, rest
             if self.labels.problem == "regression":
                 if rest.get("target") is None:
-                    raise BadRow("no target", _missing("'target' is missing", row.values, "target"))
+                    raise BadRow("no target", *_missing("'target' is missing", row.values, "target"))
                 return text, _number(rest["target"]), rest
             if rest.get("label") is None:
-                raise BadRow("no label", _missing("'label' is missing", row.values, "label"))
+                raise BadRow("no label", *_missing("'label' is missing", row.values, "label"))
             return text, self._classes(rest["label"]), rest
         except BadRow as bad:
             return bad.fault
@@ -211,8 +211,8 @@ class Labelled:
             if target[number]:
                 raise BadRow(
                     "a class twice",
-                    f"'label' holds {show(one)} twice. Write the names or numbers of a row's classes, each once, not a 0 or 1 "
-                    "for every class.",
+                    f"'label' holds {show(one)} twice.",
+                    "Write the names or numbers of a row's classes, each once, not a 0 or 1 for every class.",
                 )
             target[number] = 1
         return target
@@ -228,8 +228,9 @@ class Labelled:
         raise BadRow(
             "an unknown label",
             f"label {show(str(value))} is none of the {len(names)} classes that are learned ({some})"
-            f"{f'; closest is {show(close[0])}' if close else ''}. Correct it, add rows of it to data.train, or set "
-            "data.on_bad_row: skip.",
+            f"{f'; closest is {show(close[0])}' if close else ''}.",
+            "Correct it, or leave the row out; a training can also learn it from rows in data.train, or leave such rows out "
+            "with data.on_bad_row: skip.",
         )
 
 
@@ -248,7 +249,7 @@ def _number(value: Any) -> float:
     if abs(number) > LARGEST_TARGET:
         raise BadRow(
             "a target that is too large",
-            f"'target' must be at most {LARGEST_TARGET:g} in size, for its square must be a number of fp32, got {show(value)}. "
+            f"'target' must be at most {LARGEST_TARGET:g} in size, for its square must be a number of fp32, got {show(value)}.",
             "Scale the targets.",
         )
     return number
@@ -264,12 +265,12 @@ def examples_to_label(
     """
     report = Report()
     way = Labelled(tokenizer, labels, max_length, report, wanted=False)
-    made, problems = list[Example](), list[str]()
+    made, faults = list[Example](), list[tuple[str, Fault]]()
     for row, outcome in way.make(rows):
         if isinstance(outcome, Fault):
-            problems.append(f"{row.place}: {outcome.message}")
+            faults.append((row.place, outcome))
         else:
             made += outcome
-    if problems:
-        raise DataError(problems[0] if len(problems) == 1 else list_problems(f"{len(rows)} rows", problems, shown=10))
+    if faults:
+        raise DataError(list_faults(faults, len(rows)))
     return Examples(made), report.truncated

@@ -9,12 +9,13 @@ process, and for two rows with the same content.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onebase.errors import DataError
+from onebase.errors import DataError, list_problems
 
+_SHOWN_ROWS = 10
 CONTENT_ROLES = (
     "messages",
     "tools",
@@ -32,18 +33,27 @@ CONTENT_ROLES = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a row cannot be used: `reason` is the same for all rows of its kind, `message` is about this one."""
+    """Why a row cannot be used: `reason` is the same for all rows of its kind, `message` is about this one.
+
+    `todo` is what can be done about it, for lists of rows to say once.
+    """
 
     reason: str
     message: str
+    todo: str = ""
+
+    @property
+    def told(self) -> str:
+        """What is wrong with this row alone, and what can be done."""
+        return f"{self.message} {self.todo}".rstrip()
 
 
 class BadRow(Exception):
     """Raised while one row is worked on; becomes a line of a DataError, or a count where rows may be skipped."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.fault = Fault(reason, message)
+    def __init__(self, reason: str, message: str, todo: str = "") -> None:
+        self.fault = Fault(reason, message, todo)
+        super().__init__(self.fault.told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,16 @@ class Row:
     values: Mapping[str, Any]
     place: str
     fault: Fault | None = None
+
+
+def list_faults(faults: Sequence[tuple[str, Fault]], rows: int) -> str:
+    """Return what is wrong with some of `rows` rows, the first ten by their places, and then once what can be done."""
+    if len(faults) == 1:
+        place, fault = faults[0]
+        return f"{place}: {fault.told}"
+    listed = list_problems(f"{rows} rows", [f"{place}: {fault.message}" for place, fault in faults], shown=_SHOWN_ROWS)
+    todos = dict.fromkeys(fault.todo for _, fault in faults[:_SHOWN_ROWS] if fault.todo)
+    return "\n  ".join([listed, *todos])
 
 
 def content_hash(values: Mapping[str, Any], salt: str = "") -> int:

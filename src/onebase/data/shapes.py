@@ -43,6 +43,7 @@ SPEAKERS = {
 """Sharegpt's `from` -> role."""
 
 _ASKING = ("prompt", "question", "query", "problem", "instruction", "input", "user", "request")
+_SKIP = "; a training leaves such rows out with data.on_bad_row: skip."
 _ANSWERING = ("completion", "answer", "response", "output", "solution", "assistant", "reply")
 
 
@@ -82,7 +83,8 @@ def apply_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict
     if missing:
         raise BadRow(
             "a mapped column is missing",
-            f"{_listed(missing)} is missing; the row has {_listed(values)}. Correct data.columns, which maps it.",
+            f"{_listed(missing)} is missing; the row has {_listed(values)}.",
+            "Correct data.columns, which maps it.",
         )
     kept = {key: value for key, value in values.items() if key not in columns.values()}
     for needs, takes in SHAPES.values():
@@ -132,12 +134,12 @@ def text_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             if chat
             else f"Map one: data.columns: {{text: {next(iter(values), 'COLUMN')}}}"
         )
-        raise BadRow("no 'text' column", f"'text' is missing; the row has {_listed(values)}. {advice}")
+        raise BadRow("no 'text' column", f"'text' is missing; the row has {_listed(values)}.", advice)
     text = values["text"]
     if not isinstance(text, str):
         raise BadRow("a text that is no string", f"'text' must be a string, got {type(text).__name__}.")
     if not text.strip():
-        raise BadRow("an empty text", "'text' is empty. Remove the row, or set data.on_bad_row: skip.")
+        raise BadRow("an empty text", "'text' is empty.", f"Remove the row{_SKIP}")
     return text, {key: value for key, value in values.items() if key != "text"}
 
 
@@ -150,13 +152,15 @@ def _chat_shape(values: Mapping[str, Any]) -> str:
         mapping = ", ".join(f"{role}: {role}" for role in needs)
         raise BadRow(
             "more than one row shape",
-            f"the row has several shapes at once: {_listed(found)}. Choose one: data.columns: {{{mapping}}}",
+            f"the row has several shapes at once: {_listed(found)}.",
+            f"Choose one: data.columns: {{{mapping}}}",
         )
     _check_nulls(values, [needs for name, (needs, _) in SHAPES.items() if name != "text"])
     if _complete(values, "text"):
         raise BadRow(
             "no chat shape",
-            f"'messages' is missing; the row has {_listed(values)}. Plain 'text' is for task: text.",
+            f"'messages' is missing; the row has {_listed(values)}.",
+            "Plain 'text' is for task: text.",
         )
     question = next((name for word in _ASKING for name in values if word in str(name).lower()), None)
     answer = next(
@@ -165,13 +169,14 @@ def _chat_shape(values: Mapping[str, Any]) -> str:
     if question is not None and answer is None:
         raise BadRow(
             "no answer column",
-            f"the row has a question and no answer; its columns are {_listed(values)}. To learn or to measure, name the "
-            f"answer's: data.columns: {{prompt: {question}, completion: COLUMN}}. To get answers: onebase predict",
+            f"the row has a question and no answer; its columns are {_listed(values)}.",
+            f"To learn or to measure, name the answer's: data.columns: {{prompt: {question}, completion: COLUMN}}. To get answers: onebase predict",
         )
     mapping = f"prompt: {question or 'COLUMN'}, completion: {answer or 'COLUMN'}"
     raise BadRow(
         "no chat shape",
-        f"'messages' is missing; the row has {_listed(values)}. Map them: data.columns: {{{mapping}}}",
+        f"'messages' is missing; the row has {_listed(values)}.",
+        f"Map them: data.columns: {{{mapping}}}",
     )
 
 
@@ -186,8 +191,8 @@ def _check_nulls(values: Mapping[str, Any], shapes: Sequence[Sequence[str]]) -> 
         if nulls and all(role in values for role in needs):
             raise BadRow(
                 "a null column",
-                f"{_listed(nulls)} {'is' if len(nulls) == 1 else 'are'} null. "
-                "Fill it in, remove the row, or set data.on_bad_row: skip.",
+                f"{_listed(nulls)} {'is' if len(nulls) == 1 else 'are'} null.",
+                f"Fill it in, or remove the row{_SKIP}",
             )
 
 
@@ -221,7 +226,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
             value = given[written]
             told = "is null" if value is None else f"must be a string, got {type(value).__name__}"
             raise BadRow(
-                "a message without a role", f"{where}.{written} {told}. Write who speaks: user, assistant, ..."
+                "a message without a role", f"{where}.{written} {told}.", "Write who speaks: user, assistant, ..."
             )
         raise BadRow("a message without a role", f"{where} needs 'role' and 'content'; it has {_listed(given)}.")
     content = message.get("content")
@@ -279,8 +284,8 @@ def _check_answers(messages: list[dict[str, Any]], first_answer: int) -> None:
         if not str(messages[index].get("content", "")).strip() and not messages[index].get("tool_calls"):
             raise BadRow(
                 "an empty assistant turn",
-                f"message {index + 1} (assistant) is empty: there is nothing to learn. "
-                "Write the answer, remove the row, or set data.on_bad_row: skip.",
+                f"message {index + 1} (assistant) is empty: there is nothing to learn.",
+                f"Write the answer, or remove the row{_SKIP}",
             )
     if all(message["role"] == "system" for message in messages[: answers[0]]):
         raise BadRow(

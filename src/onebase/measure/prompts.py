@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from onebase.data.chat import Messages, Renderer
-from onebase.data.rows import BadRow, Row
+from onebase.data.rows import BadRow, Fault, Row, list_faults
 from onebase.data.shapes import conversation_of, text_of
 from onebase.data.tokens import encode
-from onebase.errors import DataError, list_problems
+from onebase.errors import DataError
 
 _STAND_IN = "?"
 _ANSWER_OF = {"prompt": "completion", "instruction": "output"}
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Asking:
             BadRow: the row cannot be read, or holds no question.
         """
         if row.fault is not None:
-            raise BadRow(row.fault.reason, row.fault.message)
+            raise BadRow(row.fault.reason, row.fault.message, row.fault.todo)
         if self.task == "text":
             return self.of_text(text_of(row.values)[0])
         conversation, _ = conversation_of(_answered(row.values), self.system)
@@ -70,20 +69,18 @@ class Asking:
             DataError: rows that have none, or one that leaves a model of `limit` tokens no room for an answer; the first
                 ten of them and their number.
         """
-        prompts, problems = [], []
+        prompts, faults = [], []
         for row in rows:
             try:
                 prompts.append(self.of_row(row))
             except BadRow as bad:
-                problems.append(f"{row.place}: {bad.fault.message}")
+                faults.append((row.place, bad.fault))
                 continue
             fault = prompt_fault(prompts[-1], limit)
             if fault is not None:
-                problems.append(f"{row.place}: the prompt {fault}")
-        if problems:
-            raise DataError(
-                problems[0] if len(problems) == 1 else list_problems(f"{len(rows)} rows", problems, shown=_SHOWN)
-            )
+                faults.append((row.place, Fault("a prompt without room", f"the prompt {fault}")))
+        if faults:
+            raise DataError(list_faults(faults, len(rows)))
         return prompts
 
     def text_of(self, token_ids: Sequence[int]) -> str:

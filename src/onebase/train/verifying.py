@@ -180,7 +180,7 @@ def _chat_is_transformers(name: str, subject: Subject) -> Check:
     try:
         wrong = differing_chats(subject.rows, renderer, theirs, subject.reading.labels, subject.reading.system)
     except BadRow as bad:
-        raise DataError(bad.fault.message) from bad
+        raise DataError(bad.fault.told) from bad
     return _exactly(name, wrong, len(subject.rows), "rows")
 
 
