@@ -1,15 +1,17 @@
 """Classes and numbers from the command line: trained, measured by slices, predicted; and what is wrong with such rows."""
 
 import json
+import math
 import runpy
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from onebase.cli.labelling import _answer
 from onebase.config.labels import Labels
@@ -84,6 +86,14 @@ def test_a_run_learns_classes_and_what_it_predicts_is_what_it_is_measured_by(cla
     wanted, found = ([row[name] for row in rows] for name in ("label", "prediction"))
     assert measured["accuracy"] == pytest.approx(accuracy_score(wanted, found))
     assert measured["macro_f1"] == pytest.approx(f1_score(wanted, found, average="macro"))
+    expected = precision_recall_fscore_support(wanted, found, labels=[*ANIMALS], zero_division=np.nan)
+    for name, own in zip(("precision", "recall", "f1", "n"), expected, strict=True):
+        given = [math.nan if one[name] is None else one[name] for one in measured["classes"]]
+        assert given == pytest.approx([float(value) for value in own], nan_ok=True)
+    lines = invoke("eval", classified).stdout.splitlines()
+    table = lines[next(number for number, line in enumerate(lines) if line.startswith("class ")) :][2:5]
+    assert [line.split()[:2] for line in table] == [[one["name"], str(one["n"])] for one in measured["classes"]]
+    assert [line.split()[-1] for line in table] == [f"{f1:.4f}" for f1 in expected[2]]
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in rows)
 
 
@@ -345,7 +355,15 @@ def test_a_slice_that_is_not_there_is_told_before_the_training(shop: Path, tmp_p
 def test_a_preview_shows_each_rows_label(shop: Path) -> None:
     shown = invoke("preview", settings(shop, "classify"), "--rows", "2")
     assert shown.exit_code == 0 and "label cat" in shown.stdout and "label dog" in shown.stdout
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert lines[lines.index(["class", "train", "valid"]) + 2 :] == [[name, "10", "3"] for name in ANIMALS]
+    counted = json.loads(invoke("preview", settings(shop, "classify"), "--json").stdout)["classes"]
+    assert counted == {"train": dict.fromkeys(ANIMALS, 10), "valid": dict.fromkeys(ANIMALS, 3)}
+    several = settings(shop, "classify", data={"columns": {"label": "labels"}})
+    counted = json.loads(invoke("preview", several, "--json").stdout)["classes"]["train"]
+    assert counted == {name: sum(name in row["labels"] for row in rows_of(30)) for name in ANIMALS}
     numbers = json.loads(invoke("preview", settings(shop, "regress"), "--rows", "2", "--json").stdout)
+    assert "classes" not in numbers
     assert [row["target"] for row in numbers["rows"]] == [0.0, 10.0]
 
 

@@ -1,22 +1,34 @@
 """`onebase eval` for classes and numbers: metrics with intervals, of all rows and by slices."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from onebase.cli import terminal
 from onebase.cli.counting import counting
 from onebase.cli.opening import Opened
-from onebase.cli.scores import check_number, estimate_rows, slice_table
+from onebase.cli.scores import check_number, class_table, estimate_rows, slice_table
 from onebase.errors import ConfigError
 
 if TYPE_CHECKING:
+    from onebase.measure.by_class import ClassScores
     from onebase.measure.judge import TaskScores
     from onebase.measure.metrics import Estimate, SliceScores
     from onebase.train.data import Prepared
 
 _SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one evaluation found: of all rows, of each class and of each slice."""
+
+    scores: "TaskScores"
+    overall: "Mapping[str, Estimate]"
+    by_class: "Sequence[ClassScores]"
+    by_slice: "Sequence[SliceScores]"
+    seconds: float
 
 
 def judge_whole(
@@ -47,35 +59,40 @@ def judge_whole(
         )
     seconds = time.perf_counter() - started
     check_number(scores.loss, label, data)
-    overall = scores.intervals()
-    by_slice = scores.slices(prepared.examples, columns)
+    labels = opened.bank.base.labels
+    found = _Found(
+        scores,
+        scores.intervals(),
+        scores.by_class(() if labels is None else labels.names),
+        scores.slices(prepared.examples, columns),
+        seconds,
+    )
     if as_json:
-        terminal.print_json(_as_json(opened, adapter, data, scores, overall, by_slice, seconds))
-        return
-    out = terminal.stdout()
+        terminal.print_json(_as_json(opened, adapter, data, found))
+    else:
+        _show(opened, data, found)
+
+
+def _show(opened: Opened, data: str, found: _Found) -> None:
+    out, scores = terminal.stdout(), found.scores
     out.print(
         f"{data}: {terminal.counted(scores.examples, 'example')}; base {opened.base_line}; loss {terminal.loss(scores.loss)}, "
-        f"{scores.examples / seconds:.1f} examples/s",
+        f"{scores.examples / found.seconds:.1f} examples/s",
         soft_wrap=True,
     )
-    out.print(terminal.table(("", "value", "95 % interval"), estimate_rows(overall)))
-    if by_slice:
+    out.print(terminal.table(("", "value", "95 % interval"), estimate_rows(found.overall)))
+    if found.by_class:
         out.print()
-        out.print(slice_table(by_slice))
+        out.print(class_table(found.by_class))
+    if found.by_slice:
+        out.print()
+        out.print(slice_table(found.by_slice))
 
 
-def _as_json(
-    opened: Opened,
-    adapter: str | None,
-    data: str,
-    scores: "TaskScores",
-    overall: "dict[str, Estimate]",
-    by_slice: "Sequence[SliceScores]",
-    seconds: float,
-) -> dict[str, Any]:
-    """Return what is printed: each metric at the top, its interval beside it, and the slices."""
+def _as_json(opened: Opened, adapter: str | None, data: str, found: _Found) -> dict[str, Any]:
+    """Return what is printed: each metric at the top, its interval beside it, the classes and the slices."""
     base = opened.bank.base
-    return {
+    numbers = {
         "schema_version": _SCHEMA_VERSION,
         "adapter": opened.label if adapter else None,
         "model": base.name,
@@ -84,11 +101,13 @@ def _as_json(
         "device": str(base.device),
         "task": opened.task,
         "data": data,
-        **scores.as_dict(),
-        "intervals": {name: [found.low, found.high] for name, found in overall.items()},
+        **found.scores.as_dict(),
+        "intervals": {name: [one.low, one.high] for name, one in found.overall.items()},
         "slices": [
-            {**asdict(one), "scores": {name: asdict(found) for name, found in one.scores.items()}} for one in by_slice
+            {**asdict(one), "scores": {name: asdict(score) for name, score in one.scores.items()}}
+            for one in found.by_slice
         ],
-        "seconds": seconds,
-        "examples_per_s": scores.examples / seconds,
+        "seconds": found.seconds,
+        "examples_per_s": found.scores.examples / found.seconds,
     }
+    return {**numbers, "classes": [asdict(one) for one in found.by_class]} if found.by_class else numbers

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onebase.cli import options, terminal
-from onebase.cli.rows_report import counts_of, remarks_on, show_rows
+from onebase.cli.rows_report import class_counts, class_table, counts_of, remarks_on, show_rows
 from onebase.cli.token_text import TokenText
 
 if TYPE_CHECKING:
@@ -42,15 +42,21 @@ def preview(
     tokenizer, max_length = open_tokenizer(place, trust_remote_code=settings.trust_remote_code)
     reader = _Reader(settings.model, tokenizer, max_length, labels_in(settings.data, settings.task))
     data = load_data(settings.data, settings.task, reader, virtual_tokens_of(settings.adapter), settings.eval.slices)
+    classes = () if reader.labels is None else reader.labels.names
     if as_json:
         examples = data.train.examples
         shown = [example_fields(examples[number], tokenizer) for number in range(min(rows, len(examples)))]
-        numbers = {"schema_version": _SCHEMA_VERSION, "model": settings.model, "task": settings.task}
+        numbers: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "model": settings.model, "task": settings.task}
+        if classes:
+            numbers["classes"] = class_counts(data, classes)
         terminal.print_json({**numbers, "counts": counts_of(data), "warnings": remarks_on(data), "rows": shown})
         return
     out = terminal.stdout()
     show_examples(out, data.train.examples, tokenizer, rows, reader.labels)
     show_rows(out, data)
+    if classes:
+        out.print()
+        out.print(class_table(data, classes))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,25 @@ def counts_of(data: "TrainingData") -> dict[str, dict[str, Any]]:
     return {name: _plain_counts(part) for name, part in _parts(data).items()}
 
 
+def class_counts(data: "TrainingData", names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Return how many examples of each part have each of these classes."""
+    from onebase.measure.metrics import actual_classes
+
+    counts = {}
+    for label, part in _parts(data).items():
+        targets = part.examples.targets
+        assert targets is not None, "examples with classes have targets"
+        counts[label] = dict(zip(names, actual_classes(targets, len(names)).sum(0).tolist(), strict=True))
+    return counts
+
+
+def class_table(data: "TrainingData", names: Sequence[str]) -> terminal.Trimmed:
+    """Return a table of how many examples of each part have each of these classes."""
+    counts = class_counts(data, names)
+    rows = [(name, *(f"{part[name]:,}" for part in counts.values())) for name in names]
+    return terminal.table(("class", *counts), rows, fold=("class",))
+
+
 def remarks_on(data: "TrainingData") -> list[str]:
     """Return what a user should know of the rows, a line each."""
     remarks = [f"{name}: {line}" for name, part in _parts(data).items() for line in _remarks(part.report)]

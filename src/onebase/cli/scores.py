@@ -9,6 +9,7 @@ from onebase.errors import VerificationError
 from onebase.measure.naming import METRICS, shown
 
 if TYPE_CHECKING:
+    from onebase.measure.by_class import ClassScores
     from onebase.measure.evaluate import Scores
     from onebase.measure.judge import TaskScores
     from onebase.measure.metrics import Estimate, SliceScores
@@ -57,6 +58,19 @@ def estimate_rows(estimates: "Mapping[str, Estimate]") -> list[tuple[str, str, s
         for key, name in METRICS.items()
         if (found := estimates.get(key)) is not None
     ]
+
+
+def class_table(classes: "Sequence[ClassScores]") -> Any:
+    """Return a table of the classes with n, precision, recall and F1."""
+    rows = [
+        (
+            one.name,
+            f"{one.n:,}",
+            *("-" if value is None else f"{value:.4f}" for value in (one.precision, one.recall, one.f1)),
+        )
+        for one in classes
+    ]
+    return terminal.table(("class", "n", "precision", "recall", "F1"), rows, fold=("class",))
 
 
 def slice_table(slices: "Sequence[SliceScores]") -> Any:

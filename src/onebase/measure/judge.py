@@ -16,6 +16,7 @@ from onebase.adapters.bank import Bank
 from onebase.config.labels import Problem
 from onebase.data.examples import Examples
 from onebase.errors import ConfigError
+from onebase.measure.by_class import ClassScores, scores_by_class
 from onebase.measure.evaluate import EVALUATION_TOKENS, Scores, evaluate
 from onebase.measure.forward import batches_of, labels_of, task_logits
 from onebase.measure.metrics import (
@@ -62,6 +63,10 @@ class TaskScores:
         """Return each metric with its bootstrap interval, of all examples or of those of these numbers."""
         chosen = slice(None) if members is None else members
         return with_intervals(_KINDS[self.problem], self.outputs[chosen], self.targets[chosen])
+
+    def by_class(self, names: Sequence[str]) -> list[ClassScores]:
+        """Return the scores of each class, by the classes' names in their order; of numbers there are none."""
+        return scores_by_class(self.outputs, self.targets, names) if names else []
 
     def slices(self, examples: Examples, columns: Sequence[str]) -> list[SliceScores]:
         """Return the scores of the examples by their rows' values in some columns.

@@ -105,6 +105,22 @@ def number_scores(
     return _plain(_number_metrics(predictions, targets), len(targets))
 
 
+def predicted_classes(
+    probabilities: Real[np.ndarray, "examples classes"], *, several: bool
+) -> Bool[np.ndarray, "examples classes"]:
+    """Return which classes each example is predicted to have: the first most probable one, or of `several` all above 0.5."""
+    most = probabilities.argmax(1)[:, None] == np.arange(probabilities.shape[1])
+    predicted: Bool[np.ndarray, "examples classes"] = probabilities > 0.5 if several else most
+    return predicted
+
+
+def actual_classes(targets: Shaped[np.ndarray, "examples ..."], classes: int) -> Bool[np.ndarray, "examples classes"]:
+    """Return which classes each example has, by the number of its one class or by a 0 or 1 for every class."""
+    actual: Bool[np.ndarray, "examples classes"]
+    actual = targets == 1 if targets.ndim == 2 else targets[:, None] == np.arange(classes)
+    return actual
+
+
 def with_intervals(
     kind: Kind,
     outputs: Real[np.ndarray, "examples ..."],
@@ -208,13 +224,12 @@ def _class_metrics(
     classes = probabilities.shape[1]
     _refuse_first(np.abs(probabilities.sum(1) - 1) > 1e-3, probabilities.sum(1), "probabilities must sum to 1")
     _refuse_first((targets < 0) | (targets >= classes), targets, f"a target must be a class from 0 to {classes - 1}")
-    predicted = probabilities.argmax(1)
-    right = predicted == targets
-    actual = targets[:, None] == np.arange(classes)
+    predicted, actual = predicted_classes(probabilities, several=False), actual_classes(targets, classes)
+    right = (predicted & actual).any(1)
     against_rest = slice(1, 2) if classes == 2 else slice(None)
     return {
         "accuracy": _mean(right.astype(np.float64)),
-        "macro_f1": _macro_f1(predicted[:, None] == np.arange(classes), actual),
+        "macro_f1": _macro_f1(predicted, actual),
         "auroc": _macro_auroc(probabilities[:, against_rest], actual[:, against_rest]),
         "ece": _calibration_error(probabilities.max(1)[:, None], right[:, None]),
         "brier": _mean(np.square(probabilities - actual).sum(1)),
@@ -226,8 +241,7 @@ def _multi_label_metrics(
 ) -> dict[str, Metric]:
     probabilities = _checked_probabilities(probabilities)
     _refuse_first((targets != 0) & (targets != 1), targets, "a label's target must be 0 or 1")
-    actual = targets == 1
-    predicted = probabilities > 0.5
+    predicted, actual = predicted_classes(probabilities, several=True), actual_classes(targets, probabilities.shape[1])
     right = predicted == actual
     return {
         "accuracy": _mean(right.all(1).astype(np.float64)),
