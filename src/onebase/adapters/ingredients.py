@@ -90,7 +90,7 @@ def pairs_of(ingredient: Ingredient, problems: list[str]) -> dict[str, StoredPai
             "Combine the adapter as its file has it (ingredient_of)."
         )
         return {}
-    if beside := _beside(settings):
+    if beside := beside_pairs(settings):
         problems.append(f"{ingredient.name}: {', '.join(beside)} cannot be combined. {_INSTEAD}")
         return {}
     found: dict[str, dict[str, str]] = {}
@@ -140,7 +140,7 @@ def _is_tied(pairs: Mapping[str, StoredPair], head: str, embedding: str) -> bool
     return torch.equal(pairs[head].A, pairs[embedding].B.T) and torch.equal(pairs[head].B, pairs[embedding].A.T)
 
 
-def _beside(settings: Lora) -> list[str]:
+def beside_pairs(settings: Lora) -> list[str]:
     """Return what settings have beside pairs, as a user wrote it."""
     given = {
         "use_dora": settings.use_dora,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters.bank import Adapter, Bank
-from onebase.adapters.ingredients import StoredPair, ingredient_of, pairs_of
+from onebase.adapters.ingredients import StoredPair, beside_pairs, ingredient_of, pairs_of
 from onebase.adapters.matching import matches
 from onebase.adapters.merging import check_mergeable
 from onebase.adapters.pair import matrix_shape
@@ -96,29 +96,18 @@ def plain_pairs(adapter: Adapter, folder: Path) -> dict[str, StoredPair]:
     Raises:
         ConfigError: it has something else than pairs; the message says what can hold it.
     """
-    if beside := _beside_pairs(adapter):
-        raise ConfigError(f"{folder}: {beside}, which plain LoRA pairs cannot hold. {_holders(folder, adapter)}")
+    settings = adapter.settings
+    beside = beside_pairs(settings) if isinstance(settings, Lora) else []
+    if beside or not isinstance(settings, Lora):
+        what = f"has {', '.join(beside)}" if beside else f"is {settings.title}"
+        raise ConfigError(
+            f"{folder}: the adapter {what}, which plain LoRA pairs cannot hold. {_holders(folder, adapter)}"
+        )
     problems: list[str] = []
     pairs = pairs_of(ingredient_of(adapter), problems)
     if problems:
         raise ConfigError(f"{list_problems(str(folder), problems)}\n{_holders(folder, adapter)}")
     return pairs
-
-
-def _beside_pairs(adapter: Adapter) -> str:
-    """Return what an adapter has that is no pair, in words; "" where there is nothing."""
-    settings = adapter.settings
-    if not isinstance(settings, Lora):
-        return f"the adapter is {settings.title}"
-    given = {
-        "use_dora (a magnitude for each output)": settings.use_dora,
-        f"bias {settings.bias}": settings.bias != "none",
-        f"modules_to_save {settings.modules_to_save}": settings.modules_to_save,
-        "trainable_token_indices": settings.trainable_token_indices,
-        f"target_parameters {settings.target_parameters}": settings.target_parameters,
-    }
-    found = [name for name, there in given.items() if there]
-    return f"the adapter has {', '.join(found)}" if found else ""
 
 
 def _holders(folder: Path, adapter: Adapter) -> str:
