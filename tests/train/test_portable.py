@@ -68,7 +68,7 @@ def test_peft_answers_alike_and_every_server_has_the_right_scale(name: str, tmp_
 
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "dora": (Lora(r=4, use_dora=True), "use_dora", "onebase. A plain model can hold it"),
-    "bias": (Lora(r=4, bias="all"), "bias all", "onebase, transformers. A plain model"),
+    "bias": (Lora(r=4, bias="all"), "bias: all", "onebase, transformers. A plain model"),
     "whole": (Lora(r=4, modules_to_save=["lm_head"]), "modules_to_save", "onebase, transformers. A plain model"),
     "tokens": (Lora(r=4, trainable_token_indices=[3]), "trainable_token_indices", "onebase, transformers. A plain"),
     "ia3": (Ia3(), "the adapter is IA3", "onebase, transformers. A plain model can hold it"),
