@@ -1,39 +1,56 @@
-"""Rows move whole, and each move is the other's backward."""
+"""Rows move whole into the slots of attention and back, and each move is the other's backward."""
 
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
-from onebase.ops.rows import spread_rows, take_rows
-
-
-@st.composite
-def moves(draw):
-    count = draw(st.integers(1, 12))
-    places = draw(st.permutations(range(count)))[: draw(st.integers(0, count))]
-    return count, torch.tensor(places, dtype=torch.int64)
+from onebase.ops.rows import rows_of_slots, slots_of
+from tests.ops.test_layout import layouts
 
 
-@given(moves(), st.sampled_from([(), (3,), (2, 3)]))
-def test_spread_and_take_are_what_indexing_does_forward_and_backward(move, inner):
-    count, places = move
-    draws = torch.Generator().manual_seed(0)
-    small = torch.randn(len(places), *inner, generator=draws, dtype=torch.float64, requires_grad=True)
-    large = torch.randn(count, *inner, generator=draws, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(count, *inner, generator=draws, dtype=torch.float64)
-
-    spread = spread_rows(small, places, count)
-    expected = torch.zeros(count, *inner, dtype=torch.float64).index_put((places,), small)
-    assert torch.equal(spread, expected)
-    assert torch.equal(
-        *(torch.autograd.grad((out * weight).sum(), small)[0] for out in (spread, expected)),
-    )
-
-    taken, expected = take_rows(large, places), large[places]
-    assert torch.equal(taken, expected)
-    weight = weight[: len(places)]
-    assert torch.equal(*(torch.autograd.grad((out * weight).sum(), large)[0] for out in (taken, expected)))
+def numbers(layout, seed=0):
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randn(layout.token_count, 2, 3, generator=draws, dtype=torch.float64, requires_grad=True)
 
 
-def test_rows_that_move_leave_padding_at_zero_not_at_what_was_there():
-    assert not spread_rows(torch.full((2, 3), float("nan")), torch.tensor([4, 1]), 6)[[0, 2, 3, 5]].any()
+@given(layouts())
+def test_a_slot_holds_its_token_its_ancestors_before_it_and_padding_its_own_first_token(layout):
+    rows = numbers(layout)
+    for group, own, with_ancestors in zip(
+        layout.groups, slots_of(rows, layout, ancestors=False), slots_of(rows, layout, ancestors=True), strict=True
+    ):
+        for line in range(group.count):
+            node = next(i for i, s in enumerate(layout.starts) if s == int(group.rows[line, 0]))
+            start, length = layout.starts[node], layout.nodes[node].length
+            assert torch.equal(own[line, :length], rows[start : start + length])
+            assert torch.equal(own[line, length:], rows[start].expand_as(own[line, length:]))
+            before = layout.ancestor_rows(node)
+            assert torch.equal(with_ancestors[line, : len(before)], rows[before])
+            assert torch.equal(with_ancestors[line, -group.width :], own[line])
+
+
+@given(layouts())
+def test_gradients_of_real_slots_are_those_of_indexing_and_rows_come_back_as_they_were(layout):
+    rows = numbers(layout)
+    found = slots_of(rows, layout, ancestors=True)
+    expected = [rows[group.key_rows] for group in layout.groups]
+    total, meant = torch.zeros(()), torch.zeros(())
+    for group, one, other in zip(layout.groups, found, expected, strict=True):
+        assert torch.equal(one, other)
+        prefix = group.key_rows.shape[1] - group.width
+        real = torch.cat(
+            [torch.arange(prefix) < group.ancestor_count[:, None], torch.arange(group.width) < group.lengths[:, None]],
+            1,
+        )
+        weight = torch.randn(one.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        weight = weight * real[..., None, None]
+        total, meant = total + (one * weight).sum(), meant + (other * weight).sum()
+    torch.testing.assert_close(*(torch.autograd.grad(t, rows)[0] for t in (total, meant)), rtol=1e-12, atol=1e-12)
+
+    slots = tuple(part.flatten(0, 1).detach().requires_grad_() for part in slots_of(rows, layout, ancestors=False))
+    back = rows_of_slots(slots, layout)
+    assert torch.equal(back, rows)
+    gradient = numbers(layout, seed=2).detach()
+    joined = torch.cat(torch.autograd.grad(back, slots, gradient))
+    spread = torch.zeros_like(joined)
+    spread[layout.slots] = gradient
+    assert torch.equal(joined, spread)

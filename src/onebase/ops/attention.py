@@ -1,8 +1,8 @@
 """Attention over a flat batch: every token attends within its own example and the prefixes it shares.
 
 `reference` is the meaning, a loop over nodes with the softmax written out. `flat_attention` is what runs: tokens are
-moved into the layout's slots (one copy of whole rows; the backward is the opposite copy, no index_put), each group
-is one call of torch's scaled_dot_product_attention, and the result is moved back. A causal group without ancestors
+moved into the layout's slots (one copy of whole rows, those of a prefix to every example behind it), each group is one
+call of torch's scaled_dot_product_attention, and the result is moved back. A causal group without ancestors
 needs no mask: its padding lies after every real token. Registered with the model by base/flat.py.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from onebase.ops.layout import Group, Layout
-from onebase.ops.rows import spread_rows, take_rows
+from onebase.ops.rows import rows_of_slots, slots_of
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,17 @@ def flat_attention(
     rule: AttentionRule,
 ) -> Float[Tensor, "tokens heads dim_v"]:
     """Return every token's attention over its own example; equal to `reference`."""
-    q, k, v = (spread_rows(part.transpose(0, 1), layout.slots, layout.slot_count) for part in (query, key, value))
+    q = slots_of(query.transpose(0, 1), layout, ancestors=False)
+    k, v = (slots_of(part.transpose(0, 1), layout, ancestors=True) for part in (key, value))
     outputs = []
     for number, group in enumerate(layout.groups):
-        parts = (_of_group(q, group), _of_group(k, group), _of_group(v, group))
         plain = rule.causal and group.ancestors is None and (rule.window is None or group.width <= rule.window)
         mask = None
         if not plain:  # the same in every layer that has the same rule
-            mask = layout.once((number, rule, q.device), partial(_group_mask, group, rule, q.device))
-        outputs.append(_group_attention(*parts, key, value, group, rule, mask))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return take_rows(joined, layout.slots)
+            mask = layout.once((number, rule, query.device), partial(_group_mask, group, rule, query.device))
+        own = [part[number].transpose(1, 2) for part in (q, k, v)]
+        outputs.append(_group_attention(own[0], own[1], own[2], rule, mask))
+    return rows_of_slots(tuple(outputs), layout)
 
 
 def masked_attention(
@@ -103,20 +103,8 @@ def masked_attention(
     return (F.dropout(torch.softmax(scores, -1), dropout).to(value.dtype) @ value).transpose(1, 2)
 
 
-def _of_group(slots: Tensor, group: Group) -> Tensor:
-    """Return a group's slots as (count, heads, width, dim), a view."""
-    part = slots[group.first_slot : group.first_slot + group.count * group.width]
-    return part.view(group.count, group.width, *part.shape[1:]).transpose(1, 2)
-
-
-def _group_attention(
-    q: Tensor, k: Tensor, v: Tensor, all_keys: Tensor, all_values: Tensor, group: Group, rule: AttentionRule,
-    mask: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _group_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
     """Return one group's output, (count * width, heads, dim_v); without a mask every key up to the query's own is seen."""
-    if group.ancestors is not None:
-        k = torch.cat([_ancestors(all_keys, group.ancestors), k], 2)
-        v = torch.cat([_ancestors(all_values, group.ancestors), v], 2)
     repeat = q.shape[1] // k.shape[1]
     grouped = rule.soft_cap is None and q.device.type == "cpu"  # torch's kernel there reads shared heads where they lie
     if repeat > 1 and not grouped:
@@ -130,12 +118,6 @@ def _group_attention(
         seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
         out = torch.softmax(at_least_fp32(scores).masked_fill(~seen, float("-inf")), -1).to(v.dtype) @ v
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def _ancestors(rows: Tensor, index: Tensor) -> Tensor:
-    """Return (kv_heads, tokens, dim) at the ancestors' rows, as (count, kv_heads, prefix, dim)."""
-    picked = rows.index_select(1, index.flatten().to(rows.device))
-    return picked.view(picked.shape[0], *index.shape, picked.shape[2]).transpose(0, 1)
 
 
 def _group_mask(group: Group, rule: AttentionRule, device: torch.device) -> Bool[Tensor, "count 1 width keys"]:

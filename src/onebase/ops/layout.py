@@ -46,7 +46,7 @@ class Node:
 class Group:
     """Nodes attended together: `count` of them, each `width` slots wide, from slot `first_slot` on.
 
-    `ancestors` holds, for each node, the flat rows of its ancestors' tokens, padded with the node's own first row where
+    `rows` holds the flat row of every slot, a node's first row where the slot is padding. `ancestors` holds, for each node, the flat rows of its ancestors' tokens, padded with the node's own first row where
     `ancestor_count` is smaller than its width; None when no node of the group has a parent.
     """
 
@@ -54,8 +54,14 @@ class Group:
     count: int
     width: int
     lengths: Int64[Tensor, " count"]
+    rows: Int64[Tensor, "count width"]
     ancestors: Int64[Tensor, "count prefix"] | None
     ancestor_count: Int64[Tensor, " count"]
+
+    @cached_property
+    def key_rows(self) -> Int64[Tensor, "count keys"]:
+        """The flat row of every key slot: the ancestors' before the nodes' own."""
+        return self.rows if self.ancestors is None else torch.cat([self.ancestors, self.rows], 1)
 
 
 class Layout:
@@ -168,11 +174,14 @@ class Layout:
                 rows = self.ancestor_rows(index)
                 ancestors[line, : len(rows)] = torch.tensor(rows)
                 ancestors[line, len(rows) :] = self.starts[index]  # padding points to the node itself
+        lengths = torch.tensor([self.nodes[i].length for i in indices])
+        starts, offsets = torch.tensor([self.starts[i] for i in indices])[:, None], torch.arange(width)
         return Group(
             first_slot=first_slot,
             count=len(indices),
             width=width,
-            lengths=torch.tensor([self.nodes[i].length for i in indices]),
+            lengths=lengths,
+            rows=starts + offsets.where(offsets < lengths[:, None], 0),
             ancestors=ancestors,
             ancestor_count=torch.tensor([self.depths[i] for i in indices]),
         )
