@@ -76,7 +76,7 @@ class HeadRecord:
 
 @dataclass(frozen=True)
 class RowLosses:
-    """What came of each labelled row, without gradients: its loss (nats) and whether the label was the best token."""
+    """What came of each labelled row, without gradients: its loss (nats) and whether no token was better than the label."""
 
     loss: Float[Tensor, " rows"]
     correct: Tensor
@@ -221,13 +221,13 @@ def _cross_entropy(logits: Tensor, job: _Job, chunk: slice) -> Tensor:
     """Write the chunk's row losses and return weights * d loss / d logits, (rows, vocab)."""
     labels, weights = job.labels[chunk, None], job.weights[chunk, None]
     smooth, vocabulary = job.label_smoothing, logits.shape[1]
-    norm = torch.logsumexp(logits, 1, keepdim=True)
-    loss = norm - logits.gather(1, labels)
-    job.rows.correct[chunk] = logits.argmax(1) == labels[:, 0]
+    job.rows.correct[chunk] = (logits.gather(1, labels) >= logits.amax(1, keepdim=True))[:, 0]
+    log_p = torch.log_softmax(logits, 1)
+    loss = -log_p.gather(1, labels)
     if smooth:
-        loss = (1 - smooth) * loss + smooth * (norm - logits.mean(1, keepdim=True))
+        loss = (1 - smooth) * loss - smooth * log_p.mean(1, keepdim=True)
     job.rows.loss[chunk] = loss[:, 0]
-    d_logits = (logits - norm).exp_()
+    d_logits = log_p.exp_()
     if smooth:
         d_logits -= smooth / vocabulary
     d_logits.scatter_add_(1, labels, torch.full_like(labels, smooth - 1, dtype=d_logits.dtype))
