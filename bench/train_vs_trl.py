@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +52,21 @@ class Workload:
     batch_size: int
     steps: int
     learning_rate: float = 2e-4
-    max_length: int = 1024
+    max_length: int | None = None
     model: str = MODEL
 
 
 WORKLOADS = {
     "short": Workload("chat", batch_size=16, steps=20),
-    "long": Workload("text", batch_size=4, steps=6),
-    "mixed": Workload("text", batch_size=16, steps=8),
-    "classes": Workload("classify", batch_size=16, steps=60, learning_rate=1e-3, max_length=256, model="minilm-l6-v2"),
+    "long": Workload("text", batch_size=4, steps=6, max_length=1024),
+    "mixed": Workload("text", batch_size=16, steps=8, max_length=1024),
+    "classes": Workload("classify", batch_size=16, steps=60, learning_rate=1e-3, model="minilm-l6-v2"),
 }
 
 
 def main() -> None:
     args = _parser().parse_args()
-    record = Record(args.out, str(__doc__).partition("\n")[0], lora=LORA, workloads=_as_json(args.workloads))
+    record = Record(args.out, str(__doc__).partition("\n")[0], lora=LORA, workloads=_as_json(args))
     earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     pairs: dict[str, list[dict[str, Any]]] = earlier.get("pairs", {})
     for _ in range(args.pairs):
@@ -79,7 +79,7 @@ def main() -> None:
 
 def run_pair(args: argparse.Namespace, name: str, first: int) -> dict[str, Any]:
     """Train by both, the one or the other first, and score both adapters."""
-    workload = WORKLOADS[name]
+    workload = changed(args, name)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         train, valid = rows_of(args, name, scratch)
@@ -101,6 +101,12 @@ def run_pair(args: argparse.Namespace, name: str, first: int) -> dict[str, Any]:
     }
 
 
+def changed(args: argparse.Namespace, name: str) -> Workload:
+    """Return a workload with what the command line says otherwise."""
+    workload = WORKLOADS[name]
+    return replace(workload, model=args.model or workload.model, steps=args.steps or workload.steps)
+
+
 def rows_of(args: argparse.Namespace, name: str, scratch: Path) -> tuple[Path, Path]:
     """Return files of rows to train on and to score on.
 
@@ -109,7 +115,7 @@ def rows_of(args: argparse.Namespace, name: str, scratch: Path) -> tuple[Path, P
     """
     if name in ("short", "classes"):
         kind = "define" if name == "short" else "category"
-        return DATA / f"{kind}-train.jsonl", DATA / f"{kind}-valid.jsonl"
+        return args.train or DATA / f"{kind}-train.jsonl", args.valid or DATA / f"{kind}-valid.jsonl"
     draws = random.Random(0)
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
     texts = [text for text in texts if len(text) > 3000]
@@ -269,12 +275,17 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _as_json(names: Sequence[str]) -> dict[str, Any]:
-    return {name: asdict(WORKLOADS[name]) for name in names}
+def _as_json(args: argparse.Namespace) -> dict[str, Any]:
+    changed_ones = {name: asdict(changed(args, name)) for name in args.workloads}
+    return {name: {**one, "model": Path(one["model"]).name} for name, one in changed_ones.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--model", help="in place of the workload's own")
+    parser.add_argument("--train", type=Path, help="rows in place of those of short and classes")
+    parser.add_argument("--valid", type=Path, help="held-out rows, likewise")
+    parser.add_argument("--steps", type=int, help="in place of the workload's own")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--scored", type=int, default=100, help="held-out examples")

@@ -29,6 +29,7 @@ SHORT = {
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
     "tasks": ["--epochs=1", "--seeds", "0", "1", "--rates", "1", "2", "--beyond", "0"],
     "train_define": ["--steps=2", "--repeat=2"],
+    "train_vs_trl": ["--workloads", "short", "--pairs=1", "--steps=2"],
 }
 OTHER_ROWS = ("tasks",)  # scripts that learn classes and numbers
 
@@ -68,7 +69,8 @@ def run(name: str, *words: str) -> str:
 
 
 def test_every_script_that_can_be_started_is_tried() -> None:
-    assert {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")} == set(SHORT)
+    started = {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    assert started - {"trl_run"} == set(SHORT)  # which train_vs_trl starts
 
 
 @pytest.mark.parametrize("name", [name for name in SHORT if name not in ("kill_and_resume", *OTHER_ROWS)])
@@ -82,6 +84,14 @@ def test_a_script_runs_and_records_its_claim_its_command_and_the_machine(
     assert record["claim"] and record["command"].split("python ")[1].startswith(f"bench/{name}.py")
     assert {"cpu", "cores", "torch", "commit", "load_average_before", "load_average_after"} <= set(record["machine"])
     assert str(tmp_path) not in text
+
+
+def test_both_sides_of_the_comparison_with_trl_learn_the_same(options: list[str], tmp_path: Path) -> None:
+    shown = run("train_vs_trl", *options, *SHORT["train_vs_trl"], f"--out={tmp_path / 'record.json'}")
+    [pair] = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["pairs"]["short"]
+    assert pair["equal"]["learning_rates"] and "| short | onebase |" in shown
+    assert pair["onebase"]["losses"] == pytest.approx(pair["trl"]["losses"], rel=1e-4)
+    assert pair["onebase"]["valid_loss"] == pytest.approx(pair["trl"]["valid_loss"], rel=1e-4)
 
 
 def test_the_sweep_skips_what_its_record_holds(options: list[str], tmp_path: Path) -> None:
