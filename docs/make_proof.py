@@ -153,7 +153,7 @@ def cells(name: str, said: dict[str, Said], reasons: Notes) -> list[str]:
         found = re.search(pattern, one.out)
         return found.group(1) if found else "?"
 
-    checks = re.findall(r"^(.+?) {2,}(ok|failed|not applicable) ", said["verify"].out, re.MULTILINE)
+    checks = re.findall(r"^(.+?) {2,}(ok|failed|not applicable)(?: |$)", said["verify"].out, re.MULTILINE)
     states = [state for _, state in checks]
     verified = f"{states.count('ok')} ok" + "".join(
         f", {count} {word}"
