@@ -18,7 +18,7 @@ from record import DATA, MODEL
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended well. `wall_seconds`, `cpu_seconds` and `peak_rss_bytes` are of the whole process."""
+    """A run that ended well. `wall_seconds` and `cpu_seconds` are of the whole process, as is `peak_rss_bytes`."""
 
     result: Mapping[str, Any]
     wall_seconds: float
@@ -79,16 +79,16 @@ def train_in_fresh_process(settings: Mapping[str, Any], out: Path) -> Finished:
         if process.returncode == 2:
             raise RefusedError(end.strip())
         raise RuntimeError(f"onebase train ended with exit code {process.returncode}:\n{end}")
-    return Finished(
-        json.loads((out / "result.json").read_text(encoding="utf-8")),
-        *taken,
-    )
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    return Finished(result, *taken, result["peak_rss_bytes"])
 
 
-def wait_for(process: subprocess.Popen[bytes]) -> tuple[float, float, int]:
-    """Wait for a process that was just started; return its wall seconds, processor seconds and peak memory in bytes."""
+def wait_for(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Wait for a process that was just started; return its wall seconds and processor seconds.
+
+    Its peak memory it must tell itself: what the system tells its parent is never below what the parent holds.
+    """
     began = time.perf_counter()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, peak
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime

@@ -215,7 +215,11 @@ def run_trl(job: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         if (Path(job["start"]) / name).exists():
             shutil.copy(Path(job["start"]) / name, job["out"])
     told = json.loads((scratch / "trl.out").read_text(encoding="utf-8").splitlines()[-1])
-    return {**_taken(Finished(told, *done)), "losses": told["losses"], "learning_rates": told["learning_rates"]}
+    return {
+        **_taken(Finished(told, *done, told["peak_rss_bytes"])),
+        "losses": told["losses"],
+        "learning_rates": told["learning_rates"],
+    }
 
 
 def _taken(done: Finished) -> dict[str, Any]:

@@ -10,6 +10,7 @@ loss and the learning rate of every step. Imports no onebase.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -44,9 +45,18 @@ def main() -> None:
         "losses": [record["loss"] for record in steps],
         "learning_rates": [record["learning_rate"] for record in steps],
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }
     sys.stdout.write(f"\n{json.dumps(found)}\n")
+
+
+def peak_rss_bytes() -> int:
+    """Return the most physical memory that this process has held: on Linux not what its parent held, as getrusage does."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
+    return peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def trainer_of(job: dict[str, Any]) -> Trainer:

@@ -23,7 +23,14 @@ def test_the_peak_holds_what_was_held_once():
     assert memory.peak_rss_bytes() >= during - MB  # the kernel counts in batches of pages
 
 
-@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_peak_is_not_that_of_who_started_the_process():
+    held = np.ones(600 * MB, dtype=np.uint8)
+    code = "from onebase.base import memory; print(memory.peak_rss_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(told.stdout) < 300 * MB < held.nbytes
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("freebsd", 1024), ("darwin", 1)])
 def test_the_systems_unit_of_the_peak_is_known(monkeypatch, platform, unit):
     import resource
 
