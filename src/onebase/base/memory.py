@@ -40,7 +40,8 @@ def peak_rss_bytes() -> int:
     On Linux by VmHWM (proc(5)), which begins anew with a program; getrusage's figure is never below what the process
     that started it held.
     """
-    if sys.platform == "linux" and (found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)):
+    status = _STATUS.read_text() if sys.platform == "linux" and _STATUS.is_file() else ""
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
         return max(int(found.group(1)) * 1024, rss_bytes())
     try:
         import resource
