@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -96,6 +96,7 @@ def test_without_a_terminal_a_line_stays_a_line(capsys, monkeypatch):
 CELLS = st.lists(st.tuples(*[st.text("07 4", max_size=30)] * 3), min_size=1, max_size=5)
 
 
+@example(rows=[("0" * 29, "", "")], left=1, width=30)
 @given(rows=CELLS, left=st.sampled_from([1, 3, (0, 2)]), width=st.integers(30, 120))
 def test_no_line_of_a_table_or_of_facts_ends_in_blanks_and_no_word_is_lost(rows, left, width):
     with pytest.MonkeyPatch.context() as patch:

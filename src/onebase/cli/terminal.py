@@ -156,12 +156,17 @@ def _least_width(head: Sequence[str], rows: Sequence[Sequence[str]], fold: Seque
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Trimmed:
-    """Return names and what they are, in two columns without lines."""
+    """Return names and what they are, in two columns without lines.
+
+    A name stays on its line where no name takes more than half of the width; nothing is cut.
+    """
+    lines = [(Text(name), Text(value)) for name, value in rows]
     made = Table.grid(padding=(0, 2))
-    made.add_column(style="bold", no_wrap=True)
+    widest = max((name.cell_len for name, _ in lines), default=0)
+    made.add_column(style="bold", no_wrap=widest <= stdout().width // 2, overflow="fold")
     made.add_column(overflow="fold")
-    for name, value in rows:
-        made.add_row(Text(name), Text(value))
+    for name, value in lines:
+        made.add_row(name, value)
     return Trimmed(made)
 
 
