@@ -24,7 +24,7 @@ SHORT = {
     "compare_methods": ["--methods", "lora", "ia3", "bitfit", "--seeds", "0", "1", "--steps=2"],
     "kill_and_resume": ["--steps=9", "--batch-size=2"],
     "learning_rate": ["--rates", "1e-3", "3e-3", "--steps=2"],
-    "profile_step": ["--warmup=1", "--steps=1", "--profiled=1", "--repeats=1"],
+    "profile_step": ["--micro-batch-tokens=200"],
     "step_time": ["--methods", "full", "bitfit", "--rounds=1", "--steps=1"],
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
     "tasks": ["--epochs=1", "--seeds", "0", "1", "--rates", "1", "2", "--beyond", "0"],

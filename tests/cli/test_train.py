@@ -164,3 +164,29 @@ def test_a_closed_output_does_not_end_a_training(world):
     training.stdout.close()
     assert training.wait(timeout=120) == 0
     assert (world / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("columns", ["80", "160"])
+def test_a_profile_shows_the_parts_that_its_file_holds(world, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    result = invoke("train", "run.yaml", "--out", "runs/a", "--profile")
+    assert result.exit_code == 0, result.stderr
+    written = json.loads((world / "runs/a-profile/profile.json").read_text())
+    assert max(map(len, result.stdout.splitlines())) <= int(columns)
+    for line in written["lines"]:
+        name = f"{line['part']}, {line['way']}" if line["way"] else line["part"]
+        share = 100 * line["seconds"] / written["profiled_seconds"]
+        assert _numbers_of(result.stdout, name)[:3] == [f"{1000 * line['seconds']:,.1f}", f"{share:.1f}", "%"]
+    assert _numbers_of(result.stdout, "a step, profiled")[0] == f"{1000 * written['profiled_seconds']:,.1f}"
+    assert f"{terminal.percent(written['floor_seconds'] / written['seconds'])} of the step" in " ".join(
+        result.stdout.split()
+    )
+    assert not (world / "runs/a").exists()
+    assert "no runs" in (shown := invoke("runs", "runs")).stdout + shown.stderr
+    assert invoke("train", "run.yaml", "--out", "runs/a", "--profile").exit_code == 0  # in place of the one before
+
+
+def test_a_profile_goes_on_with_no_run(world):
+    result = invoke("train", "run.yaml", "--out", "runs/a", "--profile", "--resume")
+    assert result.exit_code == 2 and "--profile" in result.stderr and "--resume" in result.stderr
+    assert not (world / "runs").exists()

@@ -3,12 +3,17 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from onebase.cli import terminal
+from onebase.errors import ConfigError
 from onebase.ops.bits import do_without_batch_invariance
+
+if TYPE_CHECKING:
+    from onebase.cli.watching import Watching
+    from onebase.config.settings import Settings
 
 
 def train(
@@ -20,6 +25,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; start, if there is none.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Show where a few steps' time and memory go; written to OUT-profile, not to OUT."
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune an adapter as a settings file says.
 
@@ -28,6 +39,8 @@ def train(
     """
     from onebase.config.reading import read_settings
 
+    if profile and resume:
+        raise ConfigError("--profile: takes a run's first steps, and goes on with none. Leave out --resume.")
     settings = read_settings(config, overrides or ())  # first: a mistake in them is told without waiting for torch
     if not settings.train.batch_invariant:
         do_without_batch_invariance()
@@ -36,6 +49,9 @@ def train(
     from onebase.train.stop import Stopped
 
     watching = Watching(settings, out)
+    if profile:
+        _profile(settings, out, watching)
+        return
     try:
         with watching:
             result = train_run(settings, out, resume=resume, progress=watching)
@@ -47,6 +63,16 @@ def train(
             terminal.say(f"The checkpoint is {watching.last_saved}. Go on: {_way_on(config, out, overrides or ())}")
         raise
     watching.show_result(result)
+
+
+def _profile(settings: "Settings", out: Path, watching: "Watching") -> None:
+    """Run some steps and show where they went."""
+    from onebase.cli.profile_report import show_profile
+    from onebase.train.profiling import profile_folder, profile_run
+
+    with watching:
+        found = profile_run(settings, out, watching)
+    show_profile(terminal.stdout(), found, profile_folder(out))
 
 
 def _way_on(config: Path, out: Path, overrides: Sequence[str]) -> str:

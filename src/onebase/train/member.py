@@ -23,6 +23,7 @@ from onebase.train import checks
 from onebase.train.progress import StepRecord
 from onebase.train.rates import parameter_groups
 from onebase.train.schedule import Schedule, total_steps_of, warmup_of
+from onebase.train.step_parts import BATCHING, HEAD, part_range
 
 _MOVED_BY = 3
 
@@ -95,14 +96,16 @@ class Member:
         """
         began = time.perf_counter()
         step, settings = self.books.step, self.settings
-        numbers = batch_of_step(len(self.examples), step, settings.batch_size, settings.seed, self.shuffle).tolist()
-        batches = list(batches_of(self.bank, self.adapter.name, self.examples, numbers, self.budget_tokens))
+        with part_range(BATCHING):
+            numbers = batch_of_step(len(self.examples), step, settings.batch_size, settings.seed, self.shuffle).tolist()
+            batches = list(batches_of(self.bank, self.adapter.name, self.examples, numbers, self.budget_tokens))
         labels = sum(batch.label_count for batch in batches)
         loss_sum = 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            total, rows = forward_loss(self.bank, batch, 1 / labels, dropout_step=step, objective=settings.loss)
-            checks.check_losses(rows, batch, self.examples, step + 1)
+            with part_range(HEAD):
+                total, rows = forward_loss(self.bank, batch, 1 / labels, dropout_step=step, objective=settings.loss)
+                checks.check_losses(rows, batch, self.examples, step + 1)
             total.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(rows.loss.double().sum())
         if step == 0:

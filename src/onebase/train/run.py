@@ -78,7 +78,7 @@ def train_run(
                 return done
         use_threads(settings.train.threads)
         checkpoint = folder.load_checkpoint() if resume else None
-        job, data = _prepare(settings, progress)
+        job, data = prepare(settings, progress)
         member = start(job, folder, checkpoint, progress)
         folder.rewind(member.books.step if checkpoint else None)
         folder.write_config(dump_settings(settings))
@@ -99,7 +99,7 @@ def train_run(
     return result
 
 
-def _prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]:
+def prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]:
     """Return what the settings describe: the adapter on its base, and the rows as examples."""
     base = load(
         settings.model,
