@@ -20,10 +20,12 @@ BENCH = Path(__file__).parents[2] / "bench"
 pytestmark = pytest.mark.slow
 # What makes each script short; every script in bench/ that can be started is here.
 SHORT = {
+    "ablation": ["--workloads", "short", "--pairs=1", "--short-steps=1"],
     "against_peft": ["--steps=3", "--batch-size=2", "--logit-steps=2", "--logit-rows=3"],
     "compare_methods": ["--methods", "lora", "ia3", "bitfit", "--seeds", "0", "1", "--steps=2"],
     "kill_and_resume": ["--steps=9", "--batch-size=2"],
     "learning_rate": ["--rates", "1e-3", "3e-3", "--steps=2"],
+    "linear_cost": ["--totals", "96", "112", "--rounds=1", "--padded-cells=200"],
     "profile_step": ["--micro-batch-tokens=200"],
     "step_time": ["--methods", "full", "bitfit", "--rounds=1", "--steps=1"],
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
@@ -70,7 +72,7 @@ def run(name: str, *words: str) -> str:
 
 def test_every_script_that_can_be_started_is_tried() -> None:
     started = {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
-    assert started - {"trl_run"} == set(SHORT)  # which train_vs_trl starts
+    assert started - {"trl_run", "ablation_run"} == set(SHORT)  # which train_vs_trl and ablation start
 
 
 @pytest.mark.parametrize("name", [name for name in SHORT if name not in ("kill_and_resume", *OTHER_ROWS)])
@@ -92,6 +94,30 @@ def test_both_sides_of_the_comparison_with_trl_learn_the_same(options: list[str]
     assert pair["equal"]["learning_rates"] and "| short | onebase |" in shown
     assert pair["onebase"]["losses"] == pytest.approx(pair["trl"]["losses"], rel=1e-4)
     assert pair["onebase"]["valid_loss"] == pytest.approx(pair["trl"]["valid_loss"], rel=1e-4)
+
+
+def test_a_fast_path_that_computes_something_else_fails_the_ablation(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    ablation = importlib.import_module("ablation")
+    sides = {"low-rank": [2.0, 1.0], "full": [2.001, 1.0]}
+    monkeypatch.setattr(
+        ablation, "run_variant", lambda args, workload, name, scratch: {"losses": sides[name], "grad_norms": [1.0, 1.0]}
+    )
+    with pytest.raises(RuntimeError, match="short, low-rank: losses"):
+        ablation.run_pair(None, "short", "low-rank", tmp_path, without_first=True)
+
+
+def test_the_fitted_line_is_the_line_that_was_there_and_the_rows_have_the_tokens_and_the_longest_that_were_asked_for(
+    monkeypatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    linear_cost = importlib.import_module("linear_cost")
+    lines = [{"tokens": n, "onebase": {"processor": {"median": 0.5 + 0.002 * n}}} for n in (10, 20, 70)]
+    found = linear_cost.fitted(lines, "tokens", "onebase", "processor")
+    assert found == pytest.approx({"seconds": 0.5, "seconds_a_token": 0.002, "r_squared": 1.0})
+    for total, share, longest in ((256, 1 / 8, 32), (256, 1 / 1.2, 213), (2048, 0.5, 1024)):
+        lengths = linear_cost.lengths_of(total, share, 8)
+        assert sum(lengths) == total and max(lengths) == longest and min(lengths) > 1
 
 
 def test_the_sweep_skips_what_its_record_holds(options: list[str], tmp_path: Path) -> None:

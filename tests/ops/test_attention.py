@@ -49,6 +49,15 @@ def test_outputs_and_gradients_equal_the_reference(layout, rule, heads):
         torch.testing.assert_close(one, other, **EXACT)
 
 
+@settings(max_examples=60)
+@given(layouts(), st.lists(rules(), min_size=2, max_size=4))
+def test_layers_that_share_a_layout_and_its_masks_equal_layers_that_share_nothing(layout, rules):
+    parts = qkv(layout, 4, 2)
+    for rule in [*rules, *rules]:
+        alone = flat_attention(*parts, Layout(layout.nodes), rule)
+        assert torch.equal(flat_attention(*parts, layout, rule), alone)
+
+
 @settings(max_examples=40)
 @given(layouts(most_nodes=5), rules())
 def test_the_reference_is_dense_attention_over_each_line_alone(layout, rule):

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given
 
-from onebase.ops.rows import rows_of_slots, slots_of
+from onebase.ops.rows import reference_rows, reference_slots, rows_of_slots, slots_of
 from tests.ops.test_layout import layouts
 
 
@@ -29,10 +29,10 @@ def test_a_slot_holds_its_token_its_ancestors_before_it_and_padding_its_own_firs
 
 
 @given(layouts())
-def test_gradients_of_real_slots_are_those_of_indexing_and_rows_come_back_as_they_were(layout):
+def test_gradients_of_real_slots_are_the_references_and_rows_come_back_as_they_were(layout):
     rows = numbers(layout)
     found = slots_of(rows, layout, ancestors=True)
-    expected = [rows[group.key_rows] for group in layout.groups]
+    expected = reference_slots(rows, layout, ancestors=True)
     total, meant = torch.zeros(()), torch.zeros(())
     for group, one, other in zip(layout.groups, found, expected, strict=True):
         assert torch.equal(one, other)
@@ -48,9 +48,11 @@ def test_gradients_of_real_slots_are_those_of_indexing_and_rows_come_back_as_the
 
     slots = tuple(part.flatten(0, 1).detach().requires_grad_() for part in slots_of(rows, layout, ancestors=False))
     back = rows_of_slots(slots, layout)
-    assert torch.equal(back, rows)
+    assert torch.equal(back, rows) and torch.equal(reference_rows(slots, layout), rows)
     gradient = numbers(layout, seed=2).detach()
-    joined = torch.cat(torch.autograd.grad(back, slots, gradient))
+    joined, meant = (
+        torch.cat(torch.autograd.grad(way(slots, layout), slots, gradient)) for way in (rows_of_slots, reference_rows)
+    )
     spread = torch.zeros_like(joined)
     spread[layout.slots] = gradient
-    assert torch.equal(joined, spread)
+    assert torch.equal(joined, spread) and torch.equal(meant, spread)

@@ -3,7 +3,7 @@
 A slot that is padding holds its node's own first row: it is masked, or lies after every token that could see it, so it is
 read by nobody and its gradient is zero. Rows of a prefix stand in the slots of every example behind it; their gradients add up.
 Rows are never moved with fancy indexing, whose backward is a slow, unordered index_put, nor by slices, whose backward
-fills a tensor with zeros for each.
+fills a tensor with zeros for each. `reference_slots` and `reference_rows` are the meaning, by that indexing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ from torch import Tensor
 from onebase.ops.layout import Layout
 
 
+def reference_slots(rows: Float[Tensor, "rows heads dim"], layout: Layout, *, ancestors: bool) -> tuple[Tensor, ...]:
+    """Return rows[row of every slot] for each group: the meaning of `slots_of`."""
+    return tuple(rows[group.key_rows if ancestors else group.rows] for group in layout.groups)
+
+
+def reference_rows(slots: tuple[Float[Tensor, "_ heads dim"], ...], layout: Layout) -> Float[Tensor, "rows heads dim"]:
+    """Return slots[slot of every row]: the meaning of `rows_of_slots`."""
+    return torch.cat(slots)[layout.slots]
+
+
 def slots_of(rows: Float[Tensor, "rows heads dim"], layout: Layout, *, ancestors: bool) -> tuple[Tensor, ...]:
-    """Return the rows in the slots of each group, (count, slots of a node, heads, dim).
+    """Return the rows in the slots of each group, (count, slots of a node, heads, dim); equal to `reference_slots`.
 
     Args:
         ancestors: whether the rows of a node's ancestors stand before its own.
@@ -30,7 +40,7 @@ def slots_of(rows: Float[Tensor, "rows heads dim"], layout: Layout, *, ancestors
 
 
 def rows_of_slots(slots: tuple[Float[Tensor, "_ heads dim"], ...], layout: Layout) -> Float[Tensor, "rows heads dim"]:
-    """Return the rows that stand in the groups' own slots, in the layout's order."""
+    """Return the rows that stand in the groups' own slots, in the layout's order; equal to `reference_rows`."""
     rows: Tensor = _Rows.apply(layout, *slots)  # type: ignore[no-untyped-call]
     return rows
 
