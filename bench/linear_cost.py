@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -264,23 +265,22 @@ def plot(values: Mapping[str, Any]) -> Figure:
     """Return the processor seconds of a step over its real tokens, a colour for each share that the longest row has."""
     figure = Figure((7.5, 4.8), layout="constrained")
     panel = figure.subplots()
-    shares = sorted({round(line["longest"] / line["tokens"], 2) for line in values["batches"]})
+    shares = sorted({_share(line) for line in values["batches"]})
     colours = dict(zip(shares, mpl.colormaps["viridis"](np.linspace(0, 0.9, len(shares))), strict=True))
-    for side, marker, name in (
-        ("padded", "x", "padded to the longest row (transformers, PEFT)"),
-        ("onebase", "o", "onebase"),
+    for side, look in (
+        ("padded", {"marker": "x", "linestyle": ":"}),
+        ("onebase", {"marker": "o", "linestyle": "none"}),
     ):
         for share in shares:
-            own = [
-                line
-                for line in values["batches"]
-                if side in line and round(line["longest"] / line["tokens"], 2) == share
-            ]
-            x, y = [line["tokens"] for line in own], [line[side]["processor"]["median"] for line in own]
+            own = [line for line in values["batches"] if side in line and _share(line) == share]
+            name = "onebase" if side == "onebase" else "transformers, PEFT, padded"
             panel.plot(
-                x, y, marker=marker, linestyle=":" if side == "padded" else "none", color=colours[share],
-                label=f"{name}, longest row {share:.0%}" if own else None,
-            )  # fmt: skip
+                [line["tokens"] for line in own],
+                [line[side]["processor"]["median"] for line in own],
+                color=colours[share],
+                label=f"{name}: longest row {share} of the tokens" if own else None,
+                **look,
+            )
     line = values["onebase_by_tokens"]
     ends = np.array([0, max(one["tokens"] for one in values["batches"])])
     panel.plot(
@@ -288,16 +288,21 @@ def plot(values: Mapping[str, Any]) -> Figure:
         line["seconds"] + line["seconds_a_token"] * ends,
         color="black",
         linewidth=1,
-        label=f"{line['seconds']:.2f} s + {1000 * line['seconds_a_token']:.2f} ms a token, R² = {line['r_squared']:.4f}",
+        label=f"{line['seconds']:.2f} s + {1000 * line['seconds_a_token']:.2f} ms a token, R^2 = {line['r_squared']:.4f}",
     )
     panel.set_xlabel("real tokens of the step (8 rows)")
     panel.set_ylabel("processor seconds a step")
     panel.set_ylim(bottom=0)
     panel.set_xlim(left=0)
     panel.grid(alpha=0.3)
-    panel.set_title("What a step costs: its real tokens, whatever its longest row")
+    panel.set_title("What a step costs: its real tokens, and hardly its longest row")
     figure.legend(loc="outside lower center", ncols=2, fontsize="x-small")
     return figure
+
+
+def _share(line: Mapping[str, Any]) -> Fraction:
+    """Return which part of a batch's tokens its longest row has, as the nearest simple fraction."""
+    return Fraction(line["longest"], line["tokens"]).limit_denominator(8)
 
 
 def _parser() -> argparse.ArgumentParser:
