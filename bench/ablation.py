@@ -5,7 +5,8 @@
 SmolLM2, fp32, LoRA r 16 on all linear layers, on short chats (16 rows a step) and on texts of 1,024 tokens (4 rows a step).
 Each pair is two fresh processes, the one without the path and the one with it, in turns first and second; ratios are
 taken pair by pair. Both must compute the same: the first loss and the first norm of the gradient within 1e-4 of each
-other, or the bench fails. Processor seconds are of the steps, peak memory is of the process. Variants stand in ablation_run.py.
+other, or the bench fails. Processor seconds are of the steps, peak memory is of the
+process; on a machine with other work read the processor's, with OMP_NUM_THREADS=1 (waiting threads spin). Variants stand in ablation_run.py.
 The record is written after each pair, and goes on from the pairs that are in it.
 """
 
@@ -31,7 +32,7 @@ from train_vs_trl import WORKLOADS, rows_of
 
 SAME = 1e-4
 """Relative: fp32 sums of other orders."""
-_BROUGHT = ("seconds", "cpu_seconds", "peak_rss_bytes")
+_BROUGHT = ("cpu_seconds", "seconds", "peak_rss_bytes")
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def run_pair(
         one, other = (pair[side][what][0] for side in ("without", "with"))
         if not math.isclose(one, other, rel_tol=SAME):
             raise RuntimeError(f"{workload}, {name}: {what} {one} without the fast path, {other} with it")
-    print(f"{workload} {name}: {_ratio(pair, 'seconds'):.2f}", file=sys.stderr, flush=True)
+    print(f"{workload} {name}: {_ratio(pair, 'cpu_seconds'):.2f}", file=sys.stderr, flush=True)
     return pair
 
 
@@ -132,7 +133,7 @@ def _ratio(pair: Mapping[str, Mapping[str, Any]], what: str) -> float:
 def table(summary: Mapping[str, Any]) -> str:
     """Return the summary as Markdown."""
     lines = [
-        "| rows | fast path | instead | a step | processor | peak memory | first loss differs by |",
+        "| rows | fast path | instead | processor | clock | peak memory | first loss differs by |",
         "|---|---|---|---|---|---|---|",
     ]
     for workload, variants in summary.items():
