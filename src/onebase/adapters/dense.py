@@ -39,9 +39,17 @@ def row_squares(dense: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_dense_(module: nn.Module, dense: Tensor) -> None:
-    """Put a matrix as `dense_weight` returns it in the place of a module's own weight, rounded to its dtype."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    """Put a matrix as `dense_weight` returns it in the place of a module's own weight, rounded to its dtype.
+
+    Raises:
+        TargetError: the weight is held in 8 bits.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise TargetError(
+            f"a {type(module).__name__} holds its weight in 8 bits, which nothing is written into. Open the base with "
+            "quantize: none"
+        )
     weight.copy_((dense.T if is_transposed(module) else dense).reshape(weight.shape))
 
 

@@ -19,19 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from onebase.base import check, pretrained
+from onebase.base.blocks import fuse_
 from onebase.base.classifier import TaskHead
 from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
 from onebase.base.flat import flat_attention_of, memory_attention_of
+from onebase.base.int8 import quantise_
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.base.stored_head import fit_stored_head_
 from onebase.config.labels import Labels
 from onebase.errors import ConfigError, ModelError
+from onebase.ops.fused import compile_fused
 from onebase.ops.layout import NO_PARENT, Layout
 from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
 
 LayoutKind = Literal["flat", "padded", "native"]
+Quantize = Literal["none", "int8"]
 
 
 class Base:
@@ -50,6 +54,7 @@ class Base:
         own_heads: the modules that every adapter here brings copies of, because the task is not the base's own.
         head_note: what became of the head in the base's files, where who trains one should know.
         slot: where the current route lies.
+        quantize: how the trunk's linear layers are held.
         input_embedding: what turns token ids into vectors, as it was before any adapter; None in a model that embeds no
             tokens, or does not say.
     """
@@ -78,6 +83,29 @@ class Base:
             self._choose_layout(fresh)
         self.own_heads: tuple[str, ...] = ()
         self.head_note = ""
+        self.quantize: Quantize = "none"
+
+    def quantise(self, how: Quantize) -> None:
+        """Hold the linear layers of the trunk in 8 bits from now on; the layout was chosen at full precision.
+
+        Raises:
+            ModelError: the model has no linear layer that can be.
+        """
+        if how == "none":
+            return
+        heads = () if isinstance(self.task_head, str) else self.task_head.paths
+        outputs = [path for path, module in self.model.named_modules() if module is self.head_module]
+        if not quantise_(self.model, (*heads, *outputs)):
+            raise ModelError(
+                f"{self.name} has no linear layer that can be held in 8 bits (torch.nn.Linear, both sides multiples of 8). "
+                "Remove quantize."
+            )
+        self.quantize = how
+
+    def compile(self) -> None:
+        """Let elementwise work run as compiled passes from now on, in this process; the same but for rounding."""
+        fuse_(self.model)
+        compile_fused(True)
 
     def open_for_task(self, head_note: str = "") -> None:
         """Let every adapter bring the head for whole examples with it: it is trained whole.
@@ -337,10 +365,12 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     labels: Labels | None = None,
+    quantize: Quantize = "none",
 ) -> Base:
     """Open a model by hub id, folder, GGUF file or packaged name, frozen and fingerprinted.
 
     With `labels` it has a head for them: what the files hold of one, or a new one, which each adapter brings its own of.
+    `quantize` says how its linear layers are held.
 
     Raises:
         ModelError: no such model, or it cannot be opened; the message says what was looked for and where.
@@ -357,4 +387,5 @@ def load(
     base = Base(model, tokenizer, name=name, folder=place.folder, fingerprint=fingerprint(place.folder), fresh=fresh)
     if labels is not None:
         base.open_for_task(note)
+    base.quantise(quantize)
     return base

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from onebase.base.int8 import Int8Linear
 from onebase.config.targeting import in_preset
 from onebase.errors import TargetError
 
@@ -250,7 +251,7 @@ def _root(block: tuple[str, int]) -> str:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, Int8Linear)):
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"

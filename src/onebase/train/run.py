@@ -108,6 +108,7 @@ def prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]:
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         labels=labels_in(settings.data, settings.task),
+        quantize=settings.quantize,
     )
     bank = Bank(base)
     adapter = add_adapter(bank, settings)
@@ -285,6 +286,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "classes": None if job.bank.base.labels is None else list(job.bank.base.labels.names),
         "settings_sha256": job.settings_sha256,
         "dtype": str(job.bank.base.dtype).removeprefix("torch."),
+        "quantize": job.bank.base.quantize,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
@@ -382,13 +384,14 @@ _SAME = {
     "valid_fingerprint": "the validation rows",
     "classes": "the names of the classes",
     "dtype": "the base's number format",
+    "quantize": "how the base's linear layers are held",
     "settings_sha256": "the settings (config.yaml in the run's folder)",
 }
 
 
 def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], progress: Progress) -> None:
     """Raise if base or data are not the run's own; note what may change the bits of the rest."""
-    before = checkpoint.state["identity"]
+    before = {"quantize": "none", **checkpoint.state["identity"]}  # checkpoints of earlier versions do not say it
     changed = [words for key, words in _SAME.items() if before.get(key) != identity[key]]
     if changed:
         raise ResumeError(

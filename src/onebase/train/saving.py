@@ -134,6 +134,7 @@ def write(
             base_fingerprint=base.fingerprint,
             base_revision=revision,
             dtype=str(base.dtype).removeprefix("torch."),
+            quantize=base.quantize,
             method=adapter.settings.method,
             task=task,
             seed=adapter.seed,
