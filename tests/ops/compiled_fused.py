@@ -34,7 +34,7 @@ def compare(rows: int) -> None:
 
 def gradients(result: torch.Tensor, x: torch.Tensor, g: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
     """Return the gradients of those inputs that have one."""
-    return [d for d in torch.autograd.grad(result, [x, g], grad, allow_unused=True) if d is not None]
+    return list(filter(lambda d: d is not None, torch.autograd.grad(result, [x, g], grad, allow_unused=True)))
 
 
 if __name__ == "__main__":

@@ -156,6 +156,12 @@ class Base:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     @property
+    def format(self) -> str:
+        """The base's number format in words: 'float32', or 'float32 with int8 layers'."""
+        held = "" if self.quantize == "none" else f" with {self.quantize} layers"
+        return f"{str(self.dtype).removeprefix('torch.')}{held}"
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))

@@ -63,7 +63,7 @@ def export(  # noqa: PLR0913 (a verb's options are its parameters)
     from onebase.train.portable import export_portable
 
     check_out(out)
-    opened = open_adapter(adapter, BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch))
+    opened = open_adapter(adapter, BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch, "none"))
     assert opened.adapter is not None, "an adapter was opened"
     folder = find_adapter(Path(adapter).expanduser())
     found: Export | GgufExport | ModelExport

@@ -70,7 +70,7 @@ def merge(  # noqa: PLR0913 (a verb's options are its parameters)
     Several LoRA adapters of one base, with --weights, give one adapter. It is read again and compared with what it was
     made from before the folder gets its name. One adapter with --weights or --how is scaled, pruned or cut so.
     """
-    on = BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch)
+    on = BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch, "none")
     wanted = CombineOptions(weights, how, density, svd_rank, majority_sign_method, seed)
     if len(adapters) > 1 or wanted.wanted:
         combine(adapters, out, wanted, on, not_for_this={"--dtype": dtype, "--rows": rows}, as_json=as_json)

@@ -31,6 +31,7 @@ class BaseOptions:
     device: str | None = None
     trust_remote_code: bool = False
     allow_base_mismatch: bool = False
+    quantize: str | None = None
 
     def how(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """Return what `load` is told, for the base of a run with these settings (empty: of no run).
@@ -46,7 +47,8 @@ class BaseOptions:
         except ConfigError as error:
             raise ConfigError(f"{error} On the command line: --device auto") from error
         dtype = str(self.dtype or run.get("dtype") or "auto")
-        return {"dtype": dtype, "device": device, "trust_remote_code": self.trust_remote_code}
+        quantize = str(self.quantize or run.get("quantize") or "none")
+        return {"dtype": dtype, "device": device, "trust_remote_code": self.trust_remote_code, "quantize": quantize}
 
 
 AS_THE_RUN = BaseOptions()
@@ -74,7 +76,7 @@ class Opened:
     def base_line(self) -> str:
         """The base, its number format and where it computes."""
         base = self.bank.base
-        return f"{base.name}, {str(base.dtype).removeprefix('torch.')} on {base.device}"
+        return f"{base.name}, {base.format} on {base.device}"
 
     def data_settings(self, source: Any) -> "DataSettings":
         """Return the run's data settings, for other rows than its own."""

@@ -108,11 +108,12 @@ OURS: dict[str, str] = {
     "gradient_checkpointing": "train.activation_checkpointing",
     "use_gradient_checkpointing": "train.activation_checkpointing",
     "num_threads": "train.threads",
+    "load_in_8bit": "quantize; write quantize: int8",
 }
 """Another tool's name -> our dotted name, with a note after a semicolon where the meaning differs."""
 
 _NOT_YET = "not available in this version"
-_QUANTIZE = f"{_NOT_YET}; the base keeps the number format of 'dtype'. Remove it."
+_QUANTIZE = "not a setting here; 8 bits are quantize: int8. Remove it."
 _ONLY_ADAMW = f"{_NOT_YET}; the optimiser is AdamW. Remove it."
 _LORA_ONLY = f"{_NOT_YET} for adapters. Remove it."
 _FLAT = "not needed; batches are flat, without padding. Remove it."
@@ -126,10 +127,8 @@ ABSENT: dict[str, str] = {
     "report_to": f"{_NOT_YET}; the run folder holds metrics.jsonl. Remove it.",
     "logging_steps": "not needed; metrics.jsonl records every step. Remove it.",
     "metrics": f"{_NOT_YET}; evaluation gives all that the task has. Remove it.",
-    "quantize": _QUANTIZE,
     "quantization_bit": _QUANTIZE,
-    "load_in_4bit": _QUANTIZE,
-    "load_in_8bit": _QUANTIZE,
+    "load_in_4bit": f"{_NOT_YET}; 8 bits are there: quantize: int8. Remove it.",
     "fp16": f"{_NOT_YET}; 'dtype' is auto, float32 or bfloat16. Remove it.",
     "lora_bias": _LORA_ONLY,
     "layer_replication": _LORA_ONLY,

@@ -14,7 +14,7 @@ from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.layer import frozen_module
 from onebase.adapters.matching import for_path, lies_in, matches
 from onebase.base import pretrained
-from onebase.base.model import Base, load
+from onebase.base.model import Base, Quantize, load
 from onebase.config.labels import Labels
 from onebase.config.methods import AdapterSettings, Lora
 from onebase.errors import FileFormatError, ModelError
@@ -39,6 +39,7 @@ def open_adapter(
     *,
     model: str | None = None,
     dtype: str = "auto",
+    quantize: Quantize = "none",
     device: str = "auto",
     trust_remote_code: bool = False,
     allow_base_mismatch: bool = False,
@@ -59,6 +60,7 @@ def open_adapter(
         model or base_name(stored),
         revision=_revision(stored, model),
         dtype=dtype,
+        quantize=quantize,
         device=device,
         trust_remote_code=trust_remote_code,
         labels=labels_of(stored),

@@ -330,7 +330,7 @@ def _plan(job: Job, member: Member) -> Plan:
     count = job.adapter.parameter_count
     return Plan(
         model=job.bank.base.name,
-        dtype=str(job.bank.base.dtype).removeprefix("torch."),
+        dtype=job.bank.base.format,
         device=str(job.bank.base.device),
         steps=member.schedule.total_steps,
         first_step=member.books.step,

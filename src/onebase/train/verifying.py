@@ -133,6 +133,10 @@ def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _merged_is_unmerged(name: str, subject: Subject) -> Check:
+    if subject.bank.base.quantize != "none":
+        raise _NotApplicableError(
+            "the base is held in 8 bits, and merging writes into the weights of its files: onebase merge verifies that"
+        )
     with scratch_folder("verify") as place:
         inputs = rows_for(subject.bank, _sequences(subject.examples))
         try:
