@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from onebase.adapters.bank import Bank
 from onebase.base.int8 import Int8Linear
 from onebase.base.model import load
-from onebase.config.methods import Full, Ia3, Lora
+from onebase.config.methods import AdapterSettings, Full, Ia3, Lora
 from onebase.errors import ModelError, TargetError
 from onebase.measure.forward import batches_of, forward_loss
 from onebase.train.opening import open_adapter
@@ -81,7 +81,8 @@ def test_what_would_train_the_integers_is_refused_and_what_reads_the_weight_is_n
     with pytest.raises(TargetError, match="quantise"):
         Bank(base).add("full", Full())
     bank = Bank(base)
-    for number, settings in enumerate([Lora(r=3, use_dora=True), Lora(r=3, init_lora_weights="pissa"), Ia3()]):
+    several: list[AdapterSettings] = [Lora(r=3, use_dora=True), Lora(r=3, init_lora_weights="pissa"), Ia3()]
+    for number, settings in enumerate(several):
         bank.add(f"a{number}", settings)
     before = {key: tensor.clone() for key, tensor in base.model.state_dict().items()}
     batch = next(batches_of(bank, "a0", tiny.examples_of(9, 14), range(2), 1000))
@@ -92,6 +93,7 @@ def test_what_would_train_the_integers_is_refused_and_what_reads_the_weight_is_n
 def test_a_run_learns_resumes_to_the_same_bytes_and_its_adapter_opens_on_both_bases_and_in_peft(shop):
     settings = shop.settings(train={"steps": 6, "save_every": 2, "learning_rate": 0.02}, **INT8)
     whole = runs.run(settings, shop.folder / "whole")
+    assert whole.valid_loss is not None and whole.valid_loss_before is not None
     assert whole.valid_loss < whole.valid_loss_before
     with pytest.raises(Stopped):
         runs.run(settings, shop.folder / "killed", watching=Watching(stop_after={3}))
@@ -100,6 +102,7 @@ def test_a_run_learns_resumes_to_the_same_bytes_and_its_adapter_opens_on_both_ba
 
     folder = shop.folder / "whole" / "adapter"
     opened = open_adapter(folder, quantize="int8")
+    assert opened.stored.record is not None
     assert opened.bank.base.quantize == "int8" and opened.stored.record.quantize == "int8"
     examples = tiny.examples_of(7)
     in_full = open_adapter(folder)
@@ -108,7 +111,9 @@ def test_a_run_learns_resumes_to_the_same_bytes_and_its_adapter_opens_on_both_ba
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shop.model), folder)
     ids = batch.token_ids[None]
     expected = theirs(ids).logits[0]
-    torch.testing.assert_close(in_full.bank.base.head_module(hidden), expected, rtol=1e-4, atol=1e-5)
+    head = in_full.bank.base.head_module
+    assert head is not None
+    torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_such_layers_is_refused(shop):

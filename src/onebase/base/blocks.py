@@ -1,20 +1,27 @@
-"""Parts of a frozen model whose elementwise work runs as one pass (ops/elementwise.py): norms and gated activations.
+"""Parts of a frozen model whose elementwise work runs as one pass: norms, gated activations, rotary positions.
 
-A module is exchanged for one that holds the same weights and layers under the same names, if it has the shape of one of these
-and its result on random rows, with the gradient, is that of the formula: nothing is decided by a model's name. What
-differs (a norm of Gemma, another activation) stays as it is.
+A norm or a gated block is exchanged for a module with the same weights and layers under the same names, if its result on
+random rows is that of the formula in ops/elementwise.py: nothing is decided by a model's name. What differs (a norm of
+Gemma, another activation) stays as it is. An attention module keeps its own forward; the function by which it rotates
+queries and keys, `apply_rotary_pos_emb` of its source file, is another one inside it, if both agree in the same way.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from onebase.ops.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
+from onebase.ops.elementwise import rms_norm, rms_norm_reference, rotary, swiglu, swiglu_reference
+
+Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 _ROWS = 3
+_ROTATION = "apply_rotary_pos_emb"
 _CLOSE = 1e-5  # of the largest number: rounding is 1e-7, another formula 1e-1
 
 
@@ -49,6 +56,7 @@ def fuse_(model: nn.Module) -> int:
     """Exchange what can be exchanged, and return how many modules were."""
     count = 0
     for path, module in list(model.named_modules()):
+        count += _rotates_in_one_pass(module)
         new = _fused(module)
         if new is not None:
             parent, _, name = path.rpartition(".")
@@ -92,6 +100,40 @@ def _fused_mlp(block: nn.Module) -> nn.Module | None:
     return FusedGatedMLP(block) if _same(block, meant, x) else None
 
 
+def _rotates_in_one_pass(module: nn.Module) -> bool:
+    """Give an attention module's forward the rotation of ops/elementwise.py, and return whether it has one to exchange."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    own = getattr(forward, "__globals__", {}).get(_ROTATION)
+    if own is None or "forward" in vars(module) or _ROTATION not in forward.__code__.co_names:
+        return False
+    q, k = (_random((1, heads, _ROWS, 8), torch.empty(0)) for heads in (4, 2))
+    cos, sin = (_random((1, _ROWS, 8), part) for part in (q, k))
+    try:
+        theirs = own(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # a rotation that takes something else
+        return False
+    ours = _rotation(own)(q, k, cos, sin)
+    if not all(_close(one, other) for one, other in zip(ours, theirs, strict=True)):
+        return False
+    around = {**forward.__globals__, _ROTATION: _rotation(own)}
+    changed = FunctionType(forward.__code__, around, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(changed, module)
+    return True
+
+
+def _rotation(own: Rotation) -> Rotation:
+    """Return `own` as one pass for a flat batch with the arguments that are usual; as it is for all others."""
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **named: Any) -> Any:
+        usual = not (args or named) and q.dim() == 4 and cos.dim() == 3 and len(q) == len(cos) == 1
+        if not usual or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            return own(q, k, cos, sin, *args, **named)
+        return rotary(q[0], cos[0], sin[0])[None], rotary(k[0], cos[0], sin[0])[None]
+
+    return apply_rotary_pos_emb
+
+
 def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
     draws = torch.Generator().manual_seed(0)
     dtype = like.dtype if like.is_floating_point() else torch.float32
@@ -100,7 +142,10 @@ def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _same(module: nn.Module, meant: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    found, expected = module(x), meant(x)
+    return _close(module(x), meant(x))
+
+
+def _close(found: object, expected: Tensor) -> bool:
     if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     return bool((found - expected).abs().max() <= _CLOSE * expected.abs().max())

@@ -64,7 +64,7 @@ class Int8Linear(nn.Module):
         assert isinstance(self.scales, Tensor)
         rows = x.reshape(-1, self.in_features)
         y = int8_linear(rows, self.integers, self.scales, self.bias, self._last.integers_of(rows))
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)  # in place on a view costs a copy
 
 
 @torch.no_grad()

@@ -25,11 +25,11 @@ from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
 from onebase.base.flat import flat_attention_of, memory_attention_of
 from onebase.base.int8 import quantise_
+from onebase.base.kernels import use_kernels
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.base.stored_head import fit_stored_head_
 from onebase.config.labels import Labels
 from onebase.errors import ConfigError, ModelError
-from onebase.ops.fused import compile_fused
 from onebase.ops.layout import NO_PARENT, Layout
 from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
@@ -55,6 +55,7 @@ class Base:
         head_note: what became of the head in the base's files, where who trains one should know.
         slot: where the current route lies.
         quantize: how the trunk's linear layers are held.
+        why_not_fused: why elementwise work runs as torch does it where compiled kernels would do (base/kernels.py).
         input_embedding: what turns token ids into vectors, as it was before any adapter; None in a model that embeds no
             tokens, or does not say.
     """
@@ -84,6 +85,7 @@ class Base:
         self.own_heads: tuple[str, ...] = ()
         self.head_note = ""
         self.quantize: Quantize = "none"
+        self.why_not_fused = ""
 
     def quantise(self, how: Quantize) -> None:
         """Hold the linear layers of the trunk in 8 bits from now on; the layout was chosen at full precision.
@@ -102,10 +104,12 @@ class Base:
             )
         self.quantize = how
 
-    def compile(self) -> None:
-        """Let elementwise work run as compiled passes from now on, in this process; the same but for rounding."""
-        fuse_(self.model)
-        compile_fused(True)
+    def fuse(self) -> None:
+        """Let elementwise work run as one pass, the same but for rounding; `why_not_fused` says why where it does not."""
+        if self.device.type == "cpu" and self.dtype is torch.float32 and self.layout_kind != "native":
+            self.why_not_fused = use_kernels()
+            if not self.why_not_fused:
+                fuse_(self.model)
 
     def open_for_task(self, head_note: str = "") -> None:
         """Let every adapter bring the head for whole examples with it: it is trained whole.
@@ -393,5 +397,6 @@ def load(
     base = Base(model, tokenizer, name=name, folder=place.folder, fingerprint=fingerprint(place.folder), fresh=fresh)
     if labels is not None:
         base.open_for_task(note)
+    base.fuse()
     base.quantise(quantize)
     return base

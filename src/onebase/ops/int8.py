@@ -1,9 +1,9 @@
-"""A frozen linear layer in 8 bits, forward and backward: integer products between fused quantisation and scaling.
+"""A frozen linear layer in 8 bits, forward and backward: integer products between quantisation and scaling in one pass each.
 
 A weight has one scale an output, a row of activations one of its own (so that no row sees its neighbours):
 
     W[o] ~ u_o P[o]     u_o = max |W[o]| / 127     P = round(W[o] / u_o)
-    x_i  ~ s_i q_i      s_i = max |x_i| / 127      q_i = round(x_i / s_i)
+    x_i  ~ s_i q_i      s_i = max |x_i| / 127      q_i = round(x_i (127 / max |x_i|))
     y_i  = s_i (q_i P^T) u + b
 
 The backward is the same with g * u in the place of x, and P in the place of P^T: dx_i = t_i (round(g_i u / t_i) P). So
@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
-from onebase.ops.fused import fused
+from onebase.ops import native
 
 LARGEST = 127
-_TINY = 1e-30  # of a row of zeros, whose integers are zeros
+_TINY = 1e-30  # largest number of a row of zeros, whose integers are zeros
 _CUDA_ROWS = 32  # torch._int_mm takes more than 16 rows there
 
 
@@ -33,7 +33,7 @@ def quantise_weight(
     weight: Float[Tensor, "out in"],
 ) -> tuple[Int8[Tensor, "out in"], Float[Tensor, " out"]]:
     """Return the integers P and the scales u of a weight, each row by itself."""
-    integers, scales = _quantise(weight, None)  # as written: a weight's integers do not depend on a compiler
+    integers, scales = quantise_rows(weight, None)
     return integers, scales[:, 0]
 
 
@@ -44,8 +44,8 @@ def reference(
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "rows out"]:
     """Return s (q P^T) u + b in floating point: the meaning of `int8_linear`."""
-    s = _scales(x)
-    y = (torch.round(x / s) @ weight.to(x.dtype).T) * s * scales
+    largest = _largest(x)
+    y = (torch.round(x * (LARGEST / largest)) @ weight.to(x.dtype).T) * (largest / LARGEST) * scales
     return y if bias is None else y + bias
 
 
@@ -53,8 +53,8 @@ def reference_gradient(
     grad: Float[Tensor, "rows out"], weight: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
 ) -> Float[Tensor, "rows in"]:
     """Return dx of `int8_linear` in floating point."""
-    t = _scales(grad * scales)
-    return (torch.round(grad * scales / t) @ weight.to(grad.dtype)) * t
+    largest = _largest(grad * scales)
+    return (torch.round(grad * scales * (LARGEST / largest)) @ weight.to(grad.dtype)) * (largest / LARGEST)
 
 
 def int8_linear(
@@ -99,19 +99,17 @@ def product(one: Int8[Tensor, "rows inner"], other: Int8[Tensor, "inner columns"
     return found[:rows]
 
 
-def _quantise(
+def quantise_rows(
     x: Float[Tensor, "rows inner"], factors: Float[Tensor, " inner"] | None
 ) -> tuple[Int8[Tensor, "rows inner"], Float[Tensor, "rows 1"]]:
-    """Return the integers and scales of x * factors (None: of x), each row by itself."""
+    """Return the integers and scales of x * factors (None: of x), each row by itself: to the bit, compiled or not."""
+    if native.fits(x, factors):
+        return native.quantise_rows(x, factors)
     x = x.float() if factors is None else x.float() * factors
-    scales = _scales(x)
-    return torch.round(x / scales).to(torch.int8), scales
+    largest = _largest(x)
+    return torch.round(x * (LARGEST / largest)).to(torch.int8), largest / LARGEST
 
 
-quantise_rows = fused(_quantise)
-
-
-@fused
 def scale_products(
     products: Int32[Tensor, "rows columns"],
     row_scales: Float[Tensor, "rows 1"],
@@ -120,11 +118,13 @@ def scale_products(
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows columns"]:
     """Return products * row_scales * scales + bias, in the format asked for."""
+    if dtype is torch.float32 and native.fits(row_scales, scales, bias):
+        return native.scale_products(products, row_scales, scales, bias)
     y = products.float() * row_scales
     y = y if scales is None else y * scales
     return (y if bias is None else y + bias).to(dtype)
 
 
-def _scales(x: Tensor) -> Tensor:
-    """Return max |x_i| / 127 of every row, (rows, 1)."""
-    return x.abs().amax(1, keepdim=True).clamp_min(_TINY) / LARGEST
+def _largest(x: Tensor) -> Tensor:
+    """Return max |x_i| of every row, (rows, 1)."""
+    return x.abs().amax(1, keepdim=True).clamp_min(_TINY)

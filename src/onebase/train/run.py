@@ -35,7 +35,7 @@ from onebase.files.peft_format import read_adapter
 from onebase.files.result import Result, read_result
 from onebase.files.run_folder import RunFolder, run_bytes
 from onebase.measure.evaluate import EVALUATION_TOKENS
-from onebase.ops import bits
+from onebase.ops import bits, native
 from onebase.ops.objective import objectives_of
 from onebase.train.capacity import fit_budget
 from onebase.train.centring import centre_regression_
@@ -292,6 +292,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_set": bits.instruction_set(),
         "products": bits.products_mode(),
+        "kernels": "compiled" if native.in_use() else "torch",
         "device": job.bank.base.device.type,
         "onebase": onebase.__version__,
     }
@@ -351,6 +352,7 @@ def _plan(job: Job, member: Member) -> Plan:
         layout=job.bank.base.layout_kind,
         warnings=(
             *job.adapter.warnings,
+            *_remark_on_speed(job),
             *_remark_on_loss(job),
             *never_due(
                 member.schedule.total_steps,
@@ -378,6 +380,12 @@ def _given(value: object) -> str:
     return "not set" if value is None else repr(value)
 
 
+def _remark_on_speed(job: Job) -> tuple[str, ...]:
+    why = job.bank.base.why_not_fused
+    cost = "a third" if job.bank.base.quantize == "int8" else "a twentieth"
+    return (f"steps take about {cost} longer than they need: {why}.",) if why else ()
+
+
 _SAME = {
     "base_fingerprint": "the base",
     "train_fingerprint": "the training rows",
@@ -391,7 +399,11 @@ _SAME = {
 
 def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], progress: Progress) -> None:
     """Raise if base or data are not the run's own; note what may change the bits of the rest."""
-    before = {"quantize": "none", **checkpoint.state["identity"]}  # checkpoints of earlier versions do not say it
+    before = {
+        "quantize": "none",
+        "kernels": "torch",
+        **checkpoint.state["identity"],
+    }  # checkpoints of earlier versions do not say it
     changed = [words for key, words in _SAME.items() if before.get(key) != identity[key]]
     if changed:
         raise ResumeError(
