@@ -102,8 +102,8 @@ def bytes_of(base: Base) -> tuple[str, str]:
 
 
 def theirs(base: Base, adapter: Path | None = None):
-    """Return the model as transformers alone opens it, with peft's adapter on it if one is named."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+    """Return the model as transformers alone opens it, in fp64, with peft's adapter on it if one is named."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float64).eval()
     return model if adapter is None else peft.PeftModel.from_pretrained(model, adapter).eval()
 
 
@@ -111,7 +111,7 @@ def theirs(base: Base, adapter: Path | None = None):
 def one_by_one(model, examples) -> torch.Tensor:
     """Return the model's own logits of every token, each row run alone: no padding, no mask."""
     ids = [torch.from_numpy(example.token_ids.astype("int64"))[None] for example in examples]
-    return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in ids])
+    return torch.cat([model(input_ids=row, use_cache=False).logits[0].float() for row in ids])
 
 
 @torch.no_grad()

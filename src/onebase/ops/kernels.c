@@ -43,7 +43,7 @@ void swiglu(long count, const float *gate, const float *up, float *restrict y)
 {
 #pragma omp parallel for simd schedule(static) if (count > SMALL)
     for (long i = 0; i < count; i++)
-        y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        y[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 void swiglu_gradient(long count, const float *grad, const float *gate, const float *up,
