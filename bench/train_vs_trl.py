@@ -1,14 +1,16 @@
 """The same adapter on the same rows to the same loss, in a fraction of the time and memory of TRL with PEFT.
 
-    python bench/train_vs_trl.py --workloads short long mixed classes --pairs 3
+    python bench/train_vs_trl.py --workloads short long mixed classes --rounds 3
 
 onebase and TRL's SFTTrainer with PEFT (for classes transformers' Trainer with PEFT) train in fresh processes in turns
 (A B A B): same model, same first values of the adapter, rows in the same order, rank, targets, batch, steps, learning
-rate at every step; ratios are taken pair by pair. TRL runs at its best on this machine: fp32, no activation
-checkpointing, labels given as token ids, so that it prepares nothing. One evaluator scores both adapters on the same
-held-out rows: mean loss over labelled tokens or rows. Tokens are the rows' real ones for both.
-Seconds are of the training loop; processor seconds and peak memory are of the whole process. The record is written
-after each pair, and goes on from the pairs that are in it.
+rate at every step; ratios are taken round by round. TRL runs at its best on this machine: fp32, no activation
+checkpointing, labels given as token ids, so that it prepares nothing. Other sides (`--sides`): onebase with its base in
+8 bits; TRL with rows grouped by length, which sees them in another order; TRL with its defaults (activation
+checkpointing, bfloat16). TRL's packing is left out: without flash attention its rows see their neighbours.
+One evaluator scores all adapters on the same held-out rows, on the base that each was trained on: mean loss over labelled
+tokens or rows. Tokens are the rows' real ones for all. Seconds are of the training loop; processor seconds and peak
+memory are of the whole process. The record is written after each round, and goes on from the rounds that are in it.
 """
 
 from __future__ import annotations
@@ -41,6 +43,13 @@ from onebase.measure.judge import score
 from onebase.train.data import labels_in, load_rows
 from onebase.train.opening import open_adapter
 
+SIDES: dict[str, dict[str, Any]] = {  # what differs from the plain one: settings of onebase, arguments of TRL's trainer
+    "trl": {},
+    "onebase": {},
+    "onebase-int8": {"quantize": "int8"},
+    "trl-grouped": {"train_sampling_strategy": "group_by_length"},
+    "trl-defaults": {"gradient_checkpointing": True, "bf16": True},
+}
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
@@ -68,36 +77,40 @@ def main() -> None:
     args = _parser().parse_args()
     record = Record(args.out, str(__doc__).partition("\n")[0], lora=LORA, workloads=_as_json(args))
     earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    pairs: dict[str, list[dict[str, Any]]] = earlier.get("pairs", {})
-    for _ in range(args.pairs):
+    rounds: dict[str, list[dict[str, Any]]] = earlier.get("rounds", {})
+    for _ in range(args.rounds):
         for name in args.workloads:
-            if len(pairs.get(name, ())) < args.pairs:
-                pairs.setdefault(name, []).append(run_pair(args, name, first=len(pairs.get(name, ())) % 2))
-                record.write({"by_workload": summarise(pairs), "pairs": pairs})
-    print(table(summarise(pairs)))
+            if len(rounds.get(name, ())) < args.rounds:
+                rounds.setdefault(name, []).append(run_round(args, name, turn=len(rounds.get(name, ()))))
+                record.write({"by_workload": summarise(rounds), "rounds": rounds})
+    print(table(summarise(rounds)))
 
 
-def run_pair(args: argparse.Namespace, name: str, first: int) -> dict[str, Any]:
-    """Train by both, the one or the other first, and score both adapters."""
+def run_round(args: argparse.Namespace, name: str, turn: int) -> dict[str, Any]:
+    """Train by every side, another one first each time, and score the adapters."""
     workload = changed(args, name)
+    order = [args.sides[(place + turn) % len(args.sides)] for place in range(len(args.sides))]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         train, valid = rows_of(args, name, scratch)
         job, tokens = write_job(args, workload, train, scratch)
-        runs: dict[str, dict[str, Any]] = {}
-        for who in ("onebase", "trl") if first == 0 else ("trl", "onebase"):
-            runs[who] = run_onebase(args, workload, train, scratch) if who == "onebase" else run_trl(job, scratch)
-            print(f"{name} {who}: {runs[who]['seconds']:.1f} s", file=sys.stderr, flush=True)
-        ours, theirs = (runs[who].pop("learning_rates") for who in ("onebase", "trl"))
-        same_rates = max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-6 * workload.learning_rate
-        first_losses = [runs[who]["losses"][0] for who in ("onebase", "trl")]
-        for who, adapter in (("onebase", scratch / "run" / "adapter"), ("trl", Path(job["out"]))):
-            runs[who]["valid_loss"] = loss_on(args, workload, valid, adapter)
+        sides: dict[str, dict[str, Any]] = {}
+        for who in order:
+            run = run_trl if who.startswith("trl") else run_onebase
+            sides[who] = run(workload, train, job, scratch / who, SIDES[who])
+            print(f"{name} {who}: {sides[who]['seconds']:.1f} s", file=sys.stderr, flush=True)
+        rates = {who: one.pop("learning_rates") for who, one in sides.items()}
+        for who, one in sides.items():
+            one["valid_loss"] = loss_on(
+                args, workload, valid, scratch / who / "adapter", SIDES[who].get("quantize", "none")
+            )
+    bound = 1e-6 * workload.learning_rate
+    same_rates = all(abs(a - b) <= bound for own in rates.values() for a, b in zip(own, rates[order[0]], strict=True))
     return {
-        **runs,
+        "sides": sides,
         "tokens": tokens,
         "examples": workload.steps * workload.batch_size,
-        "equal": {"learning_rates": same_rates, "first_losses": first_losses},
+        "equal": {"learning_rates": same_rates, "first_losses": {who: one["losses"][0] for who, one in sides.items()}},
     }
 
 
@@ -162,13 +175,11 @@ def write_job(args: argparse.Namespace, workload: Workload, train: Path, scratch
         "classes": None if labels is None else len(labels.names),
         "rows": str(rows),
         "start": str(scratch / "start"),
-        "out": str(scratch / "trl"),
         "steps": workload.steps,
         "batch_size": workload.batch_size,
         "learning_rate": workload.learning_rate,
         "dtype": "float32",
         "seed": 0,
-        "trainer": {"use_cpu": True},
     }
     tokens = int(examples.lengths[order].sum())
     del base, bank
@@ -176,13 +187,16 @@ def write_job(args: argparse.Namespace, workload: Workload, train: Path, scratch
     return job, tokens
 
 
-def run_onebase(args: argparse.Namespace, workload: Workload, train: Path, scratch: Path) -> dict[str, Any]:
+def run_onebase(
+    workload: Workload, train: Path, job: Mapping[str, Any], out: Path, other: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what `onebase train` took, with the loss and the learning rate of every step."""
     settings = {
+        **other,
         "model": workload.model,
         "task": workload.task,
         "data": {"train": str(train), "max_length": workload.max_length},
-        "adapter": {"method": "lora", **LORA, "init_from": str(scratch / "start")},
+        "adapter": {"method": "lora", **LORA, "init_from": job["start"]},
         "train": {
             "steps": workload.steps,
             "batch_size": workload.batch_size,
@@ -191,8 +205,8 @@ def run_onebase(args: argparse.Namespace, workload: Workload, train: Path, scrat
             "seed": 0,
         },
     }
-    done = train_in_fresh_process(settings, scratch / "run")
-    steps = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()]
+    done = train_in_fresh_process(settings, out)
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
         **_taken(done),
         "losses": [step["loss"] for step in steps],
@@ -200,21 +214,25 @@ def run_onebase(args: argparse.Namespace, workload: Workload, train: Path, scrat
     }
 
 
-def run_trl(job: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+def run_trl(
+    workload: Workload, train: Path, job: Mapping[str, Any], out: Path, other: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what SFTTrainer took, in a process that imports no onebase."""
-    file = scratch / "job.json"
-    file.write_text(json.dumps(job), encoding="utf-8")
-    with (scratch / "trl.out").open("wb") as out, (scratch / "trl.err").open("wb") as err:
+    out.mkdir()
+    file, adapter = out / "job.json", out / "adapter"
+    own = {**job, "out": str(adapter), "trainer": {"use_cpu": True, **other}}
+    file.write_text(json.dumps(own), encoding="utf-8")
+    with (out / "trl.out").open("wb") as said, (out / "trl.err").open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "bench" / "trl_run.py"), str(file)], stdout=out, stderr=err
+            [sys.executable, str(ROOT / "bench" / "trl_run.py"), str(file)], stdout=said, stderr=errors
         )
         done = wait_for(process)
     if process.returncode:
-        raise RuntimeError((scratch / "trl.err").read_text(encoding="utf-8", errors="replace")[-3000:])
+        raise RuntimeError((out / "trl.err").read_text(encoding="utf-8", errors="replace")[-3000:])
     for name in ("onebase.json", "config.json"):  # what PEFT's folder does not say: the base's name, the classes' names
         if (Path(job["start"]) / name).exists():
-            shutil.copy(Path(job["start"]) / name, job["out"])
-    told = json.loads((scratch / "trl.out").read_text(encoding="utf-8").splitlines()[-1])
+            shutil.copy(Path(job["start"]) / name, adapter)
+    told = json.loads((out / "trl.out").read_text(encoding="utf-8").splitlines()[-1])
     return {
         **_taken(Finished(told, *done, told["peak_rss_bytes"])),
         "losses": told["losses"],
@@ -231,50 +249,61 @@ def _taken(done: Finished) -> dict[str, Any]:
     }
 
 
-def loss_on(args: argparse.Namespace, workload: Workload, valid: Path, adapter: Path) -> float:
+def loss_on(args: argparse.Namespace, workload: Workload, valid: Path, adapter: Path, quantize: Any) -> float:
     """Return the mean loss over the labelled tokens, or the rows, that were held out."""
-    opened = open_adapter(adapter, model=workload.model, dtype="float32", device="cpu")
+    opened = open_adapter(adapter, model=workload.model, dtype="float32", device="cpu", quantize=quantize)
     reading = DataSettings(train=str(valid), max_length=workload.max_length)
     examples = load_rows(valid, reading, workload.task, opened.bank.base).examples
     return score(opened.bank, opened.adapter.name, examples[: args.scored]).loss
 
 
-def summarise(pairs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Return, for each workload, rates and memory of both with their ratios pair by pair."""
-    found = {}
-    for name, own in pairs.items():
-        both: dict[str, Any] = {}
-        for who in ("onebase", "trl"):
-            both[who] = {
-                "examples_per_s": median_and_spread([pair["examples"] / pair[who]["seconds"] for pair in own]),
-                "tokens_per_s": median_and_spread([pair["tokens"] / pair[who]["seconds"] for pair in own]),
-                "process_cpu_seconds": median_and_spread([pair[who]["process_cpu_seconds"] for pair in own]),
-                "peak_rss_bytes": max(pair[who]["peak_rss_bytes"] for pair in own),
-                "valid_loss": statistics.median(pair[who]["valid_loss"] for pair in own),
-            }
-        both["speed_ratio"] = median_and_spread([pair["trl"]["seconds"] / pair["onebase"]["seconds"] for pair in own])
-        both["cpu_ratio"] = median_and_spread(
-            [pair["trl"]["process_cpu_seconds"] / pair["onebase"]["process_cpu_seconds"] for pair in own]
-        )
-        both["memory_share"] = both["onebase"]["peak_rss_bytes"] / both["trl"]["peak_rss_bytes"]
-        both["loss_difference"] = both["onebase"]["valid_loss"] - both["trl"]["valid_loss"]
-        found[name] = both
-    return found
+def summarise(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return, for each workload, rates, memory and loss of every side, with its ratios to TRL round by round."""
+    return {
+        name: {who: _summary([one for one in own if who in one["sides"]], who) for who in _sides_of(own)}
+        for name, own in rounds.items()
+    }
+
+
+def _sides_of(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [who for who in SIDES if any(who in one["sides"] for one in rounds)]
+
+
+def _summary(rounds: Sequence[Mapping[str, Any]], who: str) -> dict[str, Any]:
+    own, trl = ([one["sides"][side] for one in rounds] for side in (who, "trl"))
+    return {
+        "examples_per_s": median_and_spread(
+            [one["examples"] / run["seconds"] for one, run in zip(rounds, own, strict=True)]
+        ),
+        "tokens_per_s": median_and_spread(
+            [one["tokens"] / run["seconds"] for one, run in zip(rounds, own, strict=True)]
+        ),
+        "process_cpu_seconds": median_and_spread([run["process_cpu_seconds"] for run in own]),
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in own),
+        "valid_loss": statistics.median(run["valid_loss"] for run in own),
+        "times_trl": median_and_spread([b["seconds"] / a["seconds"] for a, b in zip(own, trl, strict=True)]),
+        "times_trl_in_cpu_seconds": median_and_spread(
+            [b["process_cpu_seconds"] / a["process_cpu_seconds"] for a, b in zip(own, trl, strict=True)]
+        ),
+        "share_of_trls_memory": statistics.median(
+            a["peak_rss_bytes"] / b["peak_rss_bytes"] for a, b in zip(own, trl, strict=True)
+        ),
+        "loss_less_trls": statistics.median(a["valid_loss"] - b["valid_loss"] for a, b in zip(own, trl, strict=True)),
+    }
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """Return the summary as Markdown."""
     lines = [
-        "| rows | | examples/s | tokens/s | times TRL | peak memory | loss |",
-        "|---|---|---|---|---|---|---|",
+        "| rows | | examples/s | tokens/s | times TRL | peak memory | of TRL's | loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, both in summary.items():
-        for who in ("trl", "onebase"):
-            one = both[who]
-            ratio = "1" if who == "trl" else f"{both['speed_ratio']['median']:.2f}"
+    for name, sides in summary.items():
+        for who, one in sides.items():
             lines.append(
-                f"| {name} | {who} | {one['examples_per_s']['median']:.2f} | {one['tokens_per_s']['median']:.0f} | {ratio} | "
-                f"{one['peak_rss_bytes'] / 1e9:.2f} GB | {one['valid_loss']:.4f} |"
+                f"| {name} | {who} | {one['examples_per_s']['median']:.2f} | {one['tokens_per_s']['median']:.0f} | "
+                f"{one['times_trl']['median']:.2f} | {one['peak_rss_bytes'] / 1e9:.2f} GB | "
+                f"{one['share_of_trls_memory']:.2f} | {one['valid_loss']:.4f} |"
             )
     return "\n".join(lines)
 
@@ -291,7 +320,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--valid", type=Path, help="held-out rows, likewise")
     parser.add_argument("--steps", type=int, help="in place of the workload's own")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=["trl", "onebase", "onebase-int8"], help="with trl"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scored", type=int, default=100, help="held-out examples")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     return parser

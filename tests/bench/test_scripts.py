@@ -31,7 +31,7 @@ SHORT = {
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
     "tasks": ["--epochs=1", "--seeds", "0", "1", "--rates", "1", "2", "--beyond", "0"],
     "train_define": ["--steps=2", "--repeat=2"],
-    "train_vs_trl": ["--workloads", "short", "--pairs=1", "--steps=2"],
+    "train_vs_trl": ["--workloads", "short", "--rounds=1", "--steps=2"],
 }
 OTHER_ROWS = ("tasks",)  # scripts that learn classes and numbers
 
@@ -90,10 +90,12 @@ def test_a_script_runs_and_records_its_claim_its_command_and_the_machine(
 
 def test_both_sides_of_the_comparison_with_trl_learn_the_same(options: list[str], tmp_path: Path) -> None:
     shown = run("train_vs_trl", *options, *SHORT["train_vs_trl"], f"--out={tmp_path / 'record.json'}")
-    [pair] = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["pairs"]["short"]
-    assert pair["equal"]["learning_rates"] and "| short | onebase |" in shown
-    assert pair["onebase"]["losses"] == pytest.approx(pair["trl"]["losses"], rel=1e-4)
-    assert pair["onebase"]["valid_loss"] == pytest.approx(pair["trl"]["valid_loss"], rel=1e-4)
+    [found] = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["rounds"]["short"]
+    assert found["equal"]["learning_rates"] and "| short | onebase |" in shown
+    trl, own, int8 = (found["sides"][who] for who in ("trl", "onebase", "onebase-int8"))
+    assert own["losses"] == pytest.approx(trl["losses"], rel=1e-4)
+    assert own["valid_loss"] == pytest.approx(trl["valid_loss"], rel=1e-4)
+    assert int8["losses"] == pytest.approx(trl["losses"], rel=2e-2) and int8["losses"] != own["losses"]
 
 
 def test_a_fast_path_that_computes_something_else_fails_the_ablation(tmp_path, monkeypatch) -> None:
