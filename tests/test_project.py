@@ -21,6 +21,7 @@ DOORS = {
     "transformers": "base/pretrained.py",
     "huggingface_hub": "base/hub.py",
     "gguf": "base/gguf_file.py",
+    "bitsandbytes": "base/nf4.py",
     "datasets": "data/reading.py",
 }
 HEAVY = sorted({name.split(".")[0] for name in BANNED} - {"pickle"} | {"torch"})

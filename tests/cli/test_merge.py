@@ -9,6 +9,8 @@ import transformers
 
 from tests.cli.world import chats, invoke, model_in, write_rows
 
+INTO = ("original", "dequantised")
+
 
 @pytest.fixture
 def run(trained, world):
@@ -88,4 +90,46 @@ def test_a_method_without_weights_of_the_models_says_what_to_do_instead(world):
     assert result.exit_code == 2
     assert "cannot be merged: its virtual tokens stand before the sequence" in result.stderr
     assert "Ship it as an adapter instead" in result.stderr
+    assert not (world / "merged").exists()
+
+
+def test_an_adapter_of_a_base_in_4_bits_goes_into_the_weights_it_was_trained_on_or_into_the_original_ones(
+    trained, world
+):
+    pytest.importorskip("bitsandbytes", reason="the extra nf4 is not installed: pip install 'onebase[nf4]'")
+    config = trained / "run" / "config.yaml"
+    words = ("--set", "model=model", "--set", "quantize=nf4", "--set", "train.learning_rate=0.02")
+    assert invoke("train", config, "--out", "run", *words).exit_code == 0
+    asked = invoke("eval", "run", "--data", "valid.jsonl", "--json")
+    loss = json.loads(asked.stdout)["loss"]
+    dequantised = invoke("merge", "run", "--out", "dequantised", "--into", "dequantised", "--json")
+    assert dequantised.exit_code == 0, dequantised.output
+    assert json.loads(dequantised.stdout)["into"] == "dequantised"
+    original = invoke("merge", "run", "--out", "original")
+    assert original.exit_code == 0, original.output
+    assert "its results differ. For the weights that it was trained on: --into dequantised" in original.stderr
+    losses = [json.loads(invoke("eval", name, "--data", "valid.jsonl", "--json").stdout)["loss"] for name in INTO]
+    assert losses[1] == pytest.approx(loss, rel=1e-5)
+    assert losses[0] != pytest.approx(loss, rel=1e-4)
+    unquantised = invoke("merge", "run/adapter", "--out", "again", "--model", "model")
+    assert unquantised.exit_code == 0
+    assert (world / "again" / "model.safetensors").read_bytes() == (
+        world / "original" / "model.safetensors"
+    ).read_bytes()
+    checked = invoke("verify", "run", "--json")
+    assert checked.exit_code == 0, checked.output
+    assert {check["name"]: check["state"] for check in json.loads(checked.stdout)["checks"]}[
+        "merged = unmerged"
+    ] == "ok"
+
+
+def test_there_are_no_dequantised_weights_of_a_base_that_has_none_or_that_rounds_more(run, trained, world):
+    plain = invoke("merge", "run", "--model", "model", "--out", "merged", "--into", "dequantised")
+    assert plain.exit_code == 2 and "not quantised (quantize: none). Leave --into out." in plain.stderr
+    other = invoke("merge", "run", "--model", "model", "--out", "merged", "--into", "weights")
+    assert other.exit_code == 2 and "--into: must be original or dequantised, got weights." in other.stderr
+    config = trained / "run" / "config.yaml"
+    assert invoke("train", config, "--out", "int8", "--set", "model=model", "--set", "quantize=int8").exit_code == 0
+    rounded = invoke("merge", "int8", "--out", "merged", "--into", "dequantised")
+    assert rounded.exit_code == 2 and "no weights do the same. Merge it --into original." in rounded.stderr
     assert not (world / "merged").exists()

@@ -54,7 +54,10 @@ def test_values_that_are_planned_or_spelt_differently_are_not_accepted_yet() -> 
 
 @pytest.mark.parametrize("word", WRITTEN["method"])
 def test_what_others_call_a_method_leads_to_settings_that_are_accepted(word: str) -> None:
-    written = dict(part.split(": ") for part in WRITTEN["method"][word].split(" with "))
+    own, _, outside = WRITTEN["method"][word].partition(", and outside of adapter ")
+    sections: dict[str, Any] = {"model": "m", "data": {"train": "x"}, **safe_load(outside or "{}")}
+    Settings(**sections)
+    written = dict(part.split(": ") for part in own.split(" with "))
     method = METHODS[written["method"]]
     values: dict[str, Any] = {name: safe_load(value) for name, value in written.items()}
     assert method(**values).method == written["method"]

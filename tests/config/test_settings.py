@@ -25,7 +25,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"task": "chatt"}, "task: must be 'chat', 'text', 'classify' or 'regress', got 'chatt'. Closest is 'chat'."),
     ({"dtype": "bf16"}, "dtype: must be 'auto', 'float32' or 'bfloat16', got 'bf16'. Closest is 'bfloat16'."),
     ({"device": "gpu"}, "device: must be 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'gpu'. Closest is 'cuda'."),
-    ({"quantize": "nf4"}, "quantize: not available in this version; the base keeps the number format of 'dtype'."),
+    ({"quantize": "4bit"}, "quantize: must be 'none', 'int8' or 'nf4', got '4bit'. Closest is 'nf4'."),
+    ({"load_in_4bit": True}, "load_in_4bit: unknown setting; here it is 'quantize': write quantize: nf4."),
+    ({"bnb_4bit_use_double_quant": True}, "bnb_4bit_use_double_quant: always so with quantize: nf4. Remove it."),
+    ({"adapter": {"method": "qlora"}}, "got 'qlora'. Write method: lora, and outside of adapter quantize: nf4."),
     (
         {"sweep": {"grid": {}}},
         "sweep: not available in this version; run 'onebase train' once for each value, with --set.",

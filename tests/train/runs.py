@@ -106,8 +106,8 @@ class Workshop:
         return own | sections
 
 
-def workshop(folder: Path, *, rows: int = 10, valid_rows: int = 4) -> Workshop:
-    model = model_folder(folder / "model")
+def workshop(folder: Path, *, rows: int = 10, valid_rows: int = 4, **config: Any) -> Workshop:
+    model = model_folder(folder / "model", **config)
     train = write_rows(folder / "train.jsonl", definitions(rows))
     return Workshop(folder, model, train, write_rows(folder / "valid.jsonl", definitions(valid_rows, seed=1)))
 

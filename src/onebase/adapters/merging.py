@@ -28,6 +28,7 @@ from onebase.adapters.dora import MagnitudePart
 from onebase.adapters.layer import AdaptedLayer
 from onebase.adapters.part import MergeablePart, Part
 from onebase.adapters.tokens import EmbeddingRows, HeadRows
+from onebase.base.nf4 import Nf4Linear
 from onebase.errors import ConfigError, list_problems
 
 _WHY_NOT = {
@@ -59,7 +60,7 @@ def merged_state(
     state = plain_state(bank.base.model)
     formats = {key: stored_as(tensor, bank.base.dtype, dtype) for key, tensor in state.items()}
     merged = merged_modules(bank, name) if modules is None else modules
-    changed = _changed(bank, name, merged, formats)
+    changed = _changed(bank, name, merged, state, formats)
     if not untie:
         _check_ties(bank, name, state, changed)
     return {key: changed[key] if key in changed else tensor.to(formats[key]) for key, tensor in state.items()}
@@ -103,9 +104,14 @@ class Merged:
             raise
 
     def _merge(self, bank: Bank, name: str) -> None:
+        if bank.base.quantize != "none":
+            raise ConfigError(
+                f"the base's linear layers are held in {bank.base.quantize}, and nothing is written into those. Open it "
+                "with quantize: none, or write a merged model: onebase merge"
+            )
         state = plain_state(bank.base.model)
         formats = {key: own.dtype for key, own in state.items()}
-        changed = _changed(bank, name, merged_modules(bank, name), formats)
+        changed = _changed(bank, name, merged_modules(bank, name), state, formats)
         _check_ties(bank, name, state, changed)
         live = _live_tensors(bank.base.model)
         one_of = {(state[key].data_ptr(), state[key].shape): tensor for key, tensor in changed.items()}  # tied: one
@@ -174,10 +180,13 @@ def _adapter(bank: Bank, name: str) -> Adapter:
 
 
 def _changed(
-    bank: Bank, name: str, merged: Mapping[str, nn.Module], formats: Mapping[str, torch.dtype]
+    bank: Bank,
+    name: str,
+    merged: Mapping[str, nn.Module],
+    state: Mapping[str, Tensor],
+    formats: Mapping[str, torch.dtype],
 ) -> dict[str, Tensor]:
     """Return the tensors of the plain state that merged modules change, rounded once, to the given formats."""
-    state = plain_state(bank.base.model)
     changed: dict[str, Tensor] = {}
     for path, module in merged.items():
         for key, tensor in plain_state(module).items():
@@ -199,10 +208,12 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a frozen module without the wrappers that may lie in it."""
+    """Return a copy of a frozen module without the wrappers that may lie in it; of 4-bit layers the plain ones."""
     memo: dict[int, Any] = {}
     for inner in reversed(list(module.modules())):  # the innermost first
-        if isinstance(inner, AdaptedLayer):
+        if isinstance(inner, Nf4Linear):
+            memo[id(inner)] = inner.plain()
+        elif isinstance(inner, AdaptedLayer):
             memo[id(inner)] = copy.deepcopy(inner.base_layer, memo)
     return copy.deepcopy(module, memo)
 

@@ -18,13 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from onebase.base import check, pretrained
+from onebase.base import check, int8, nf4, pretrained
 from onebase.base.blocks import fuse_
 from onebase.base.classifier import TaskHead
 from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
 from onebase.base.flat import flat_attention_of, memory_attention_of
-from onebase.base.int8 import quantise_
 from onebase.base.kernels import use_kernels
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.base.stored_head import fit_stored_head_
@@ -35,7 +34,7 @@ from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
 
 LayoutKind = Literal["flat", "padded", "native"]
-Quantize = Literal["none", "int8"]
+Quantize = Literal["none", "int8", "nf4"]
 
 
 class Base:
@@ -88,20 +87,27 @@ class Base:
         self.why_not_fused = ""
 
     def quantise(self, how: Quantize) -> None:
-        """Hold the linear layers of the trunk in 8 bits from now on; the layout was chosen at full precision.
+        """Hold the linear layers of the trunk in 8 or 4 bits from now on; the layout was chosen at full precision.
 
         Raises:
             ModelError: the model has no linear layer that can be.
+            MissingExtraError: what 4 bits need is not installed.
         """
         if how == "none":
             return
+        if how == "nf4":
+            nf4.check_installed()
         heads = () if isinstance(self.task_head, str) else self.task_head.paths
         outputs = [path for path, module in self.model.named_modules() if module is self.head_module]
+        quantise_ = nf4.quantise_ if how == "nf4" else int8.quantise_
         if not quantise_(self.model, (*heads, *outputs)):
+            sides = ", both sides multiples of 8" if how == "int8" else ""
             raise ModelError(
-                f"{self.name} has no linear layer that can be held in 8 bits (torch.nn.Linear, both sides multiples of 8). "
-                "Remove quantize."
+                f"{self.name} has no linear layer that can be held in {how} (torch.nn.Linear{sides}). Remove quantize."
             )
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.is_floating_point():  # may lie in the mapped file, which stays in memory for the last of them
+                tensor.data = tensor.data.clone()
         self.quantize = how
 
     def fuse(self) -> None:
@@ -190,7 +196,7 @@ class Base:
     @property
     def parameter_count(self) -> int:
         """Number of the base's own parameters, tied ones counted once."""
-        return sum(p.numel() for p in self.model.parameters())
+        return nf4.weight_count(self.model)
 
     @property
     def max_length(self) -> int | None:
@@ -384,7 +390,10 @@ def load(
 
     Raises:
         ModelError: no such model, or it cannot be opened; the message says what was looked for and where.
+        MissingExtraError: what `quantize` needs is not installed.
     """
+    if quantize == "nf4":
+        nf4.check_installed()
     place = pretrained.locate(name, revision=revision)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)

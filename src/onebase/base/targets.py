@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from onebase.base.int8 import Int8Linear
+from onebase.base.nf4 import Nf4Linear
 from onebase.config.targeting import in_preset
 from onebase.errors import TargetError
 
@@ -251,7 +252,7 @@ def _root(block: tuple[str, int]) -> str:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, (nn.Linear, Int8Linear)):
+    if isinstance(module, (nn.Linear, Int8Linear, Nf4Linear)):
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"

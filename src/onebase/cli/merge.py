@@ -1,5 +1,6 @@
 """`onebase merge`: an adapter and its base as a plain model folder; several adapters as one. Verified before it is there."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 from onebase.cli import options, terminal
 from onebase.cli.combine import CombineOptions, combine
 from onebase.cli.few_rows import few_rows
-from onebase.cli.opening import BaseOptions, Opened, open_adapter
+from onebase.cli.opening import BaseOptions, Opened, open_adapter, run_settings
 from onebase.errors import ConfigError, list_problems
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _SCHEMA_VERSION = 1
 _ROWS = 16
+_INTO = ("original", "dequantised")
 
 
 def merge(  # noqa: PLR0913 (a verb's options are its parameters)
@@ -49,6 +51,13 @@ def merge(  # noqa: PLR0913 (a verb's options are its parameters)
         str | None,
         typer.Option(help="A model's number format: float32, bfloat16, float16. Default: the base's."),
     ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="The base's weights to write into: original, those of its files (the default), or dequantised, those "
+            "that an adapter was trained on with quantize: nf4."
+        ),
+    ] = None,
     rows: Annotated[
         str | None,
         typer.Option(
@@ -73,12 +82,45 @@ def merge(  # noqa: PLR0913 (a verb's options are its parameters)
     on = BaseOptions(model, None, device, trust_remote_code, allow_base_mismatch, "none")
     wanted = CombineOptions(weights, how, density, svd_rank, majority_sign_method, seed)
     if len(adapters) > 1 or wanted.wanted:
-        combine(adapters, out, wanted, on, not_for_this={"--dtype": dtype, "--rows": rows}, as_json=as_json)
+        others = {"--dtype": dtype, "--into": into, "--rows": rows}
+        combine(adapters, out, wanted, on, not_for_this=others, as_json=as_json)
     elif wanted.details:
         problems = [f"{name}: is for combining adapters. Remove it, or say --how." for name in wanted.details]
         raise ConfigError(list_problems("the options of merge", problems))
     else:
+        on = replace(on, quantize=_held_in(adapters[0], into or "original"))
         _merge_into_base(adapters[0], out, dtype, rows, on, as_json=as_json)
+
+
+def _held_in(adapter: str, into: str) -> str:
+    """Return how the base's layers are to be held for merging into these weights; say where others were trained on.
+
+    Raises:
+        ConfigError: there are no such weights.
+    """
+    from onebase.files.peft_format import find_adapter, read_adapter
+
+    if into not in _INTO:
+        raise ConfigError(f"--into: must be {' or '.join(_INTO)}, got {into}.")
+    folder = find_adapter(Path(adapter).expanduser())
+    record = read_adapter(folder).record
+    trained_on = str(run_settings(folder).get("quantize") or "none") if record is None else record.quantize
+    if into == "original":
+        if trained_on != "none":
+            todo = " For the weights that it was trained on: --into dequantised" if trained_on == "nf4" else ""
+            terminal.say(f"trained on a base in {trained_on}; on the original weights its results differ.{todo}")
+        return "none"
+    if trained_on == "int8":
+        raise ConfigError(
+            "--into dequantised: the adapter was trained on a base in int8, whose layers round what goes into them too, so "
+            "no weights do the same. Merge it --into original."
+        )
+    if trained_on != "nf4":
+        raise ConfigError(
+            f"--into dequantised: the adapter was trained on a base that is not quantised (quantize: {trained_on}). "
+            "Leave --into out."
+        )
+    return trained_on
 
 
 def _merge_into_base(
@@ -117,6 +159,7 @@ def _as_json(opened: Opened, found: "Merge", rows: str, adapter_seconds: float) 
         "schema_version": _SCHEMA_VERSION,
         "adapter": opened.label,
         "model": opened.bank.base.name,
+        "into": "original" if opened.bank.base.quantize == "none" else "dequantised",
         "base_fingerprint": opened.bank.base.fingerprint,
         "merged": str(found.folder),
         "dtype": found.dtype,

@@ -109,15 +109,20 @@ OURS: dict[str, str] = {
     "use_gradient_checkpointing": "train.activation_checkpointing",
     "num_threads": "train.threads",
     "load_in_8bit": "quantize; write quantize: int8",
+    "load_in_4bit": "quantize; write quantize: nf4",
+    "quantization_bit": "quantize; write quantize: int8 or nf4",
+    "quantization_config": "quantize; write quantize: int8 or nf4",
+    "bnb_4bit_quant_type": "quantize; write quantize: nf4, there is no fp4",
+    "bnb_4bit_compute_dtype": "dtype; layers in 4 bits compute in the base's format",
 }
 """Another tool's name -> our dotted name, with a note after a semicolon where the meaning differs."""
 
 _NOT_YET = "not available in this version"
-_QUANTIZE = "not a setting here; 8 bits are quantize: int8. Remove it."
 _ONLY_ADAMW = f"{_NOT_YET}; the optimiser is AdamW. Remove it."
 _LORA_ONLY = f"{_NOT_YET} for adapters. Remove it."
 _FLAT = "not needed; batches are flat, without padding. Remove it."
 _ALWAYS = "always so; runs repeat bit for bit on one machine. Remove it."
+_DOUBLE = "always so with quantize: nf4. Remove it."
 _ONE_DEVICE = f"{_NOT_YET}; training uses one device. Remove it."
 
 ABSENT: dict[str, str] = {
@@ -127,8 +132,9 @@ ABSENT: dict[str, str] = {
     "report_to": f"{_NOT_YET}; the run folder holds metrics.jsonl. Remove it.",
     "logging_steps": "not needed; metrics.jsonl records every step. Remove it.",
     "metrics": f"{_NOT_YET}; evaluation gives all that the task has. Remove it.",
-    "quantization_bit": _QUANTIZE,
-    "load_in_4bit": f"{_NOT_YET}; 8 bits are there: quantize: int8. Remove it.",
+    "bnb_4bit_use_double_quant": _DOUBLE,
+    "double_quantization": _DOUBLE,
+    "bnb_4bit_quant_storage": "not needed; weights in 4 bits are stored two in a byte. Remove it.",
     "fp16": f"{_NOT_YET}; 'dtype' is auto, float32 or bfloat16. Remove it.",
     "lora_bias": _LORA_ONLY,
     "layer_replication": _LORA_ONLY,
@@ -157,13 +163,20 @@ PLANNED: dict[str, frozenset[str]] = {
     "task": frozenset({"token-classify", "image-classify", "seq2seq"}),
     "method": frozenset({"adalora", "loha", "lokr", "vera", "oft", "boft", "hra", "fourierft", "vblora", "randlora"})
     | frozenset({"p-tuning", "multitask-prompt-tuning", "adaption-prompt", "xlora", "poly", "bone", "miss", "road"})
-    | frozenset({"trainable-tokens", "shira", "c3a", "cpt", "lily", "qlora"}),
+    | frozenset({"trainable-tokens", "shira", "c3a", "cpt", "lily"}),
     "dtype": frozenset({"float16"}),
     "init_lora_weights": frozenset({"eva", "corda", "loftq", "lora_ga"}),
 }
 """A setting's own name -> values that it does not take yet."""
 
-SPELLINGS: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "gpu": "cuda"}
+SPELLINGS: dict[str, str] = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "gpu": "cuda",
+    "4bit": "nf4",
+    "8bit": "int8",
+}
 """Values that other tools spell differently."""
 
 
@@ -179,6 +192,7 @@ WRITTEN: dict[str, dict[str, str]] = {
         "pissa": "method: lora with init_lora_weights: pissa",
         "olora": "method: lora with init_lora_weights: olora",
         "lora": "method: lora",
+        "qlora": "method: lora, and outside of adapter quantize: nf4",
         "(ia)3": "method: ia3",
         "ia3": "method: ia3",
         "bit-fit": "method: bitfit",

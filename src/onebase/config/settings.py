@@ -303,10 +303,11 @@ class Settings(Section):
         default="auto",
         description="The number format of the base; auto: bfloat16 on CUDA devices that have it, float32 elsewhere.",
     )
-    quantize: Literal["none", "int8"] = Field(
+    quantize: Literal["none", "int8", "nf4"] = Field(
         default="none",
         description="How the base's linear layers are held; int8: integers, with their products in integers too: faster, "
-        "less memory, and rounded in the forward and in the backward.",
+        "less memory, and rounded in the forward and in the backward; nf4: 4 bits a weight, as QLoRA (pip install "
+        "'onebase[nf4]'): the least memory.",
     )
     device: Annotated[str, Means("'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")] = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="Where to compute: auto, cpu, cuda, mps."

@@ -12,7 +12,6 @@ copy of it in fp32.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from onebase.adapters.bank import Bank
 from onebase.adapters.layer import AdaptedLayer
+from onebase.adapters.merging import plain_copy
 from onebase.adapters.part import ModulePart
 from onebase.errors import ConfigError
 
@@ -230,7 +230,7 @@ def _beside(model: nn.Module, modules: Mapping[str, nn.Module], widened: Set[str
 def _in_fp32(layer: AdaptedLayer, args: tuple[Any, ...], named: dict[str, Any], device: torch.device) -> Any:
     """Return what an adapted module gives on a copy of the frozen one in fp32."""
     frozen = layer.base_layer
-    layer.base_layer = copy.deepcopy(frozen).float()
+    layer.base_layer = plain_copy(frozen).float()
     try:
         with _computing_in(torch.float32, device):  # forward: calling it would call the hook
             return layer.forward(*_floats_as(args, torch.float32), **_floats_as(named, torch.float32))

@@ -30,6 +30,7 @@ from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.merging import check_mergeable, merged_modules, merged_state, plain_state, stored_as
 from onebase.base import memory
 from onebase.base.fingerprint import tensor_sha256
+from onebase.base.nf4 import weight_count
 from onebase.base.place import ModelPlace
 from onebase.base.pretrained import open_pretrained
 from onebase.base.writing import plain_model, sentence_files, write_model
@@ -186,14 +187,13 @@ def _check_room(bank: Bank, adapter: Adapter, out: Path, dtype: torch.dtype | No
     """Raise unless the disk holds the model, and memory the adapted modules in fp32, or the model once more."""
     model, own = bank.base.model, bank.base.dtype
     item = (dtype or own).itemsize
-    adapted = sum(
-        p.numel() for path in {part.path for part in adapter.parts} for p in bank.places.module(path).parameters()
-    )
-    written = item * sum(p.numel() for p in model.parameters())
+    adapted = sum(weight_count(bank.places.module(path)) for path in {part.path for part in adapter.parts})
+    written = item * weight_count(model)
     ensure_writable(out, written + item * adapted + _OTHER_FILES_BYTES, writing="the merged model")
     needed = (
         max(max(4, own.itemsize) * adapted, written) + item * adapted
     )  # fp32 modules first, the reloaded model then
+    needed += written if bank.base.quantize == "nf4" else 0  # of which there are no plain weights yet
     memory.check_room_for("merging", needed, "Free some, or merge on a machine with more.")
 
 

@@ -287,6 +287,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "settings_sha256": job.settings_sha256,
         "dtype": str(job.bank.base.dtype).removeprefix("torch."),
         "quantize": job.bank.base.quantize,
+        **({"bitsandbytes": version("bitsandbytes")} if job.bank.base.quantize == "nf4" else {}),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),

@@ -133,9 +133,10 @@ def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _merged_is_unmerged(name: str, subject: Subject) -> Check:
-    if subject.bank.base.quantize != "none":
+    if subject.bank.base.quantize == "int8":
         raise _NotApplicableError(
-            "the base is held in 8 bits, and merging writes into the weights of its files: onebase merge verifies that"
+            "layers in 8 bits round what goes into them, so no weights do the same. onebase merge writes into those of "
+            "the base's files, and verifies that"
         )
     with scratch_folder("verify") as place:
         inputs = rows_for(subject.bank, _sequences(subject.examples))
