@@ -28,6 +28,7 @@ SHORT = {
     "linear_cost": ["--totals", "96", "112", "--rounds=1", "--padded-cells=200"],
     "profile_step": ["--micro-batch-tokens=200"],
     "step_time": ["--methods", "full", "bitfit", "--rounds=1", "--steps=1"],
+    "quantised": ["--seeds", "0", "--steps=2"],
     "reproducible_bits": ["--pairs=1", "--steps=2", "--batch-size=3"],
     "tasks": ["--epochs=1", "--seeds", "0", "1", "--rates", "1", "2", "--beyond", "0"],
     "train_define": ["--steps=2", "--repeat=2"],
