@@ -13,6 +13,7 @@ from onebase.config.reading import settings_from
 from onebase.data.batches import batch_of_step
 from onebase.errors import ConfigError
 from onebase.measure.forward import batches_of
+from onebase.ops import native
 from onebase.train import step_parts
 from onebase.train.profiling import PROFILE_NAME, TRACE_NAME, profile_run
 from onebase.train.progress import Quiet
@@ -96,6 +97,9 @@ def test_every_operation_goes_to_the_part_that_it_is_of(shop: Workshop) -> None:
     where: dict[str, set] = {}
     for event in events:
         where.setdefault(event.name, set()).add(step_parts.part_of(event, makers))
+    forward, backward = ["aten::silu"], ["aten::silu_backward", "RsqrtBackward0"]
+    if native.in_use():
+        forward, backward = ["_SwiGlu", "_RmsNorm"], ["_SwiGluBackward", "_RmsNormBackward"]
     only = {
         "aten::embedding": (step_parts.EMBEDDING, "forward"),
         "aten::_scaled_dot_product_flash_attention_for_cpu": (ATTENTION, "forward"),
@@ -105,9 +109,8 @@ def test_every_operation_goes_to_the_part_that_it_is_of(shop: Workshop) -> None:
         "MmBackward0": (FROZEN, "backward"),
         "onebase::low_rank_forward": (ADAPTER, "forward"),
         "onebase::low_rank_backward": (ADAPTER, "backward"),
-        "aten::silu": (ELEMENTWISE, "forward"),
-        "aten::silu_backward": (ELEMENTWISE, "backward"),
-        "RsqrtBackward0": (ELEMENTWISE, "backward"),
+        **{name: (ELEMENTWISE, "forward") for name in forward},
+        **{name: (ELEMENTWISE, "backward") for name in backward},
         "aten::_log_softmax": (HEAD, ""),
         "_HeadLossBackward": (HEAD, ""),
         "aten::_fused_adamw_": (step_parts.OPTIMISER, ""),

@@ -52,7 +52,7 @@ _NAMED = {
     "aten::_grouped_mm": FROZEN,
 }
 # Matrix products, and which of their inputs are the two factors.
-_FACTORS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1}
+_FACTORS = {"aten::mm": 0, "aten::_int_mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1}
 
 
 @dataclass(frozen=True)
