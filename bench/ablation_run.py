@@ -27,13 +27,13 @@ from torch import Tensor
 
 from onebase.adapters import layer
 from onebase.adapters.bank import Bank
-from onebase.base import flat
+from onebase.base import blocks, flat
 from onebase.base.memory import peak_rss_bytes
 from onebase.base.route import RowSpace
 from onebase.config.settings import DataSettings, TrainSettings
 from onebase.data.batches import FlatBatch
 from onebase.measure import forward
-from onebase.ops import attention, loss, low_rank, rows
+from onebase.ops import attention, elementwise, loss, low_rank, rows
 from onebase.ops.attention import AttentionRule
 from onebase.ops.layout import Layout
 from onebase.ops.loss import HeadRecord, RowLosses
@@ -192,7 +192,13 @@ def _one_thread(_: Member) -> None:
     torch.set_num_threads(1)
 
 
+def _several_passes(_: Member) -> None:
+    for name in ("swiglu", "rms_norm", "rotary"):
+        _put(name, getattr(elementwise, f"{name}_reference"), blocks)
+
+
 VARIANTS = {
+    "passes": Variant("norms, gates and rotations compiled, one pass each", "as torch writes them", _several_passes),
     "prefixes": Variant("a shared prefix is computed once", "in every example", _repeat_prefixes, ("short",)),
     "flat": Variant("rows end to end", "rows padded to the longest", _pad_rows, ("short",), beside="prefixes"),
     "labels": Variant("logits of labelled tokens", "of all tokens, by autograd", _every_logit),

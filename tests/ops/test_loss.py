@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onebase.base.kernels import use_kernels
 from onebase.ops import loss as loss_module
+from onebase.ops import native
 from onebase.ops.keyed import mix, position_keys
 from onebase.ops.loss import HeadRecord, chunk_rows, head_loss, reference
 from onebase.ops.low_rank import reference as low_rank_reference
@@ -170,3 +172,47 @@ def test_a_chunk_holds_at_least_sixteen_rows_and_not_more_logits_than_said(monke
         rows = chunk_rows(vocabulary)
         assert rows % 16 == 0
         assert rows == 16 or rows * vocabulary * 4 <= loss_module.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_the_compiled_pass_gives_what_the_formula_gives_in_fp64(smoothing, size, monkeypatch):
+    if why := use_kernels():
+        pytest.skip(why)
+    passes: list[int] = []
+    own = native.softmax_gradient_
+
+    def counted(*given: Any) -> Any:
+        passes.append(1)
+        return own(*given)
+
+    monkeypatch.setattr(native, "softmax_gradient_", counted)
+    draws = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 2500, generator=draws) * size, torch.eye(2500)  # logits that no product rounds
+    labels, weights = torch.randint(2500, (40,), generator=draws), torch.rand(40, generator=draws)
+    labels[:20] = hidden.argmax(1)[:20]
+    segments, found = Segments.of([40], [NO_OWNER]), []
+    for dtype in (torch.float32, torch.float64):
+        h = hidden.to(dtype, copy=True).requires_grad_()
+        total, rows = head_loss(h, labels, weights.to(dtype), HeadRecord(weight.to(dtype)), segments, None, smoothing)
+        total.backward()
+        assert h.grad is not None
+        found.append((total.detach().double(), rows.loss.double(), rows.correct.double(), h.grad.double()))
+    assert len(passes) == 3  # chunks of 16 rows, in fp32 alone
+    for one, true in zip(*found, strict=True):
+        torch.testing.assert_close(one, true, rtol=2e-6, atol=2e-6 * float(true.abs().max()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_compiled_pass_keeps_what_is_not_finite_in_its_row(bad):
+    if why := use_kernels():
+        pytest.skip(why)
+    hidden, weight = torch.randn(5, 8), torch.randn(33, 8)
+    hidden[2, 3] = bad
+    h = hidden.clone().requires_grad_()
+    total, rows = head_loss(h, torch.arange(5), torch.ones(5), HeadRecord(weight), Segments.of([5], [NO_OWNER]))
+    total.backward()
+    assert h.grad is not None
+    others = [0, 1, 3, 4]
+    assert rows.loss[2].isnan() and not rows.correct[2] and h.grad[2].isnan().all()
+    assert rows.loss[others].isfinite().all() and h.grad[others].isfinite().all()

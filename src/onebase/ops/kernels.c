@@ -171,3 +171,31 @@ void rotate(long rows, long heads, long size, long back, const float *x, const f
         }
     }
 }
+
+/* Turn logits into weight * (softmax - floor), in place; a row's softmax is e^(logit - largest) / total. */
+void softmax_gradient(long rows, long size, float floor, const float *weights, float *logits, float *restrict largest,
+                      float *restrict totals)
+{
+#pragma omp parallel for schedule(static) if (rows * size > SMALL)
+    for (long row = 0; row < rows; row++) {
+        float *z = logits + row * size, most = z[0];
+        double total = 0.0;
+#pragma omp simd reduction(max : most)
+        for (long i = 0; i < size; i++)
+            most = z[i] > most ? z[i] : most;
+        for (long start = 0; start < size; start += 1024) { /* sums of sums: of 100,000 terms none is lost */
+            long end = start + 1024 < size ? start + 1024 : size;
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (long i = start; i < end; i++)
+                sum += z[i] = exponential(z[i] - most);
+            total += sum;
+        }
+        largest[row] = most;
+        totals[row] = (float)total;
+        float by = weights[row] / (float)total, less = weights[row] * floor;
+#pragma omp simd
+        for (long i = 0; i < size; i++)
+            z[i] = z[i] * by - less;
+    }
+}

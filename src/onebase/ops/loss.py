@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from onebase.ops import low_rank
+from onebase.ops import low_rank, native
 from onebase.ops.attention import at_least_fp32
 from onebase.ops.low_rank import LowRank
 from onebase.ops.segments import Segments
@@ -170,7 +170,7 @@ def _chunk_with_frozen_head(hidden: Tensor, job: _Job, chunk: slice, d_hidden: T
     with torch.no_grad():
         keys = None if job.row_keys is None else job.row_keys[chunk]
         logits = at_least_fp32(head.logits(h, _cut(job.segments, chunk), keys))
-        d_logits = _cross_entropy(logits, job, chunk)
+        d_logits = _cross_entropy(logits, job, chunk, overwrite=head.soft_cap is None)
         if d_hidden is None:
             return
         if head.soft_cap is not None:
@@ -208,7 +208,7 @@ def _chunk_by_autograd(
         keys = None if job.row_keys is None else job.row_keys[chunk]
         logits = job.head.logits(h, _cut(job.segments, chunk), keys)
     with torch.no_grad():
-        d_logits = _cross_entropy(at_least_fp32(logits.detach()), job, chunk).to(logits.dtype)
+        d_logits = _cross_entropy(at_least_fp32(logits.detach()), job, chunk, overwrite=False).to(logits.dtype)
     grads = torch.autograd.grad(logits, [h, *trainable], d_logits, allow_unused=True)
     if d_hidden is not None and grads[0] is not None:
         d_hidden[chunk] = grads[0]
@@ -217,21 +217,27 @@ def _chunk_by_autograd(
             total += part
 
 
-def _cross_entropy(logits: Tensor, job: _Job, chunk: slice) -> Tensor:
-    """Write the chunk's row losses and return weights * d loss / d logits, (rows, vocab)."""
-    labels, weights = job.labels[chunk, None], job.weights[chunk, None]
-    smooth, vocabulary = job.label_smoothing, logits.shape[1]
-    job.rows.correct[chunk] = (logits.gather(1, labels) >= logits.amax(1, keepdim=True))[:, 0]
-    log_p = torch.log_softmax(logits, 1)
-    loss = -log_p.gather(1, labels)
-    if smooth:
-        loss = (1 - smooth) * loss - smooth * log_p.mean(1, keepdim=True)
-    job.rows.loss[chunk] = loss[:, 0]
-    d_logits = log_p.exp_()
-    if smooth:
-        d_logits -= smooth / vocabulary
-    d_logits.scatter_add_(1, labels, torch.full_like(labels, smooth - 1, dtype=d_logits.dtype))
-    return d_logits.mul_(weights)
+def _cross_entropy(logits: Tensor, job: _Job, chunk: slice, *, overwrite: bool) -> Tensor:
+    """Write the chunk's row losses and return weights * d loss / d logits, (rows, vocab), in the logits' place if allowed."""
+    labels, weights = job.labels[chunk, None], job.weights[chunk, None].to(logits.dtype)
+    smooth, floor = job.label_smoothing, job.label_smoothing / logits.shape[1]
+    if overwrite and logits.is_contiguous() and native.fits(logits, weights):
+        label, mean = logits.gather(1, labels), logits.mean(1, keepdim=True) if smooth else None
+        d_logits = logits
+        largest, totals = (found[:, None] for found in native.softmax_gradient_(logits, weights, floor))
+        log_total = totals.log()
+        correct = (label >= largest) & ~totals.isnan()
+        loss = log_total - (label - largest)
+        loss_of_all = loss if mean is None else log_total - (mean - largest)
+    else:
+        correct = logits.gather(1, labels) >= logits.amax(1, keepdim=True)
+        log_p = torch.log_softmax(logits, 1)
+        loss = -log_p.gather(1, labels)
+        loss_of_all = -log_p.mean(1, keepdim=True) if smooth else loss
+        d_logits = log_p.exp_().sub_(floor).mul_(weights)
+    job.rows.correct[chunk] = correct[:, 0]
+    job.rows.loss[chunk] = (loss if not smooth else (1 - smooth) * loss + smooth * loss_of_all)[:, 0]
+    return d_logits.scatter_add_(1, labels, (smooth - 1) * weights)
 
 
 def _cut(segments: Segments, chunk: slice) -> Segments:

@@ -20,6 +20,7 @@ _ARGUMENTS = {
     "rms_norm_gradient": [_INTEGER, _INTEGER, *[_POINTER] * 5],
     "quantise_rows": [_INTEGER, _INTEGER, *[_POINTER] * 4],
     "scale_products": [_INTEGER, _INTEGER, *[_POINTER] * 5],
+    "softmax_gradient": [_INTEGER, _INTEGER, _FLOAT, *[_POINTER] * 4],
     "rotate": [*[_INTEGER] * 4, *[_POINTER] * 4],
 }
 
@@ -107,6 +108,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     y = torch.empty_like(x)
     _library().rotate(*x.shape, int(back), *_addresses(x, cos, sin, y))
     return y
+
+
+def softmax_gradient_(logits: Tensor, weights: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Turn (rows, size) logits into weights * (softmax - floor), and return each row's largest and total, (rows,).
+
+    The logarithm of a row's sum of e^logit is largest + log(total).
+    """
+    largest, totals = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    _library().softmax_gradient(*logits.shape, floor, *_addresses(weights.contiguous(), logits, largest, totals))
+    return largest, totals
 
 
 def _library() -> ctypes.CDLL:
