@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onebase.adapters.bank import Bank
-from onebase.base.int8 import Int8Linear
+from onebase.base.int8 import Int8Linear, LastRows
 from onebase.base.model import load
 from onebase.config.methods import AdapterSettings, Full, Ia3, Lora
 from onebase.errors import ModelError, TargetError
@@ -44,6 +44,25 @@ def test_linear_layers_of_the_trunk_are_held_in_8_bits_and_nothing_else(name):
     left = [m for m in base.model.modules() if type(m) is torch.nn.Linear and m is not base.head_module]
     assert held and base.parameter_count == tiny.base_of(name).parameter_count
     assert all(m.in_features % 8 or m.out_features % 8 for m in left)
+
+
+def test_columns_that_are_large_in_every_row_are_evened_out_and_change_no_product():
+    plain, base = tiny.base_of(), tiny.base_of()
+    for one in (plain, base):
+        one.model.model.layers[0].input_layernorm.weight.data[5] *= 300
+    base.quantise("int8")
+    attention = base.model.model.layers[0].self_attn
+    assert attention.q_proj.shares is attention.k_proj.shares is attention.v_proj.shares  # so they share their rows
+    assert attention.q_proj.shares[5] < attention.q_proj.shares.median() / 4
+    theirs = plain.model.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(
+        attention.q_proj.weight, theirs.weight, rtol=0, atol=float(theirs.weight.abs().max()) / 50
+    )
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 300
+    true = x.double() @ theirs.weight.T.double()
+    even = Int8Linear(theirs, LastRows(), attention.q_proj.shares)(x)
+    assert (even - true).norm() < 0.5 * (Int8Linear(theirs, LastRows())(x) - true).norm()
 
 
 @pytest.mark.parametrize("place", ["first", "last"])

@@ -20,15 +20,16 @@ def layer(rows, inputs, outputs, seed=0, bias=True):
     return x, *quantise_weight(weight), torch.randn(outputs, generator=draws) if bias else None, weight
 
 
-@given(st.integers(1, 40), SIZES, SIZES, st.integers(0, 99), st.booleans())
-def test_the_output_and_the_gradient_are_the_formulas(rows, inputs, outputs, seed, bias):
+@given(st.integers(1, 40), SIZES, SIZES, st.integers(0, 99), st.booleans(), st.booleans())
+def test_the_output_and_the_gradient_are_the_formulas(rows, inputs, outputs, seed, bias, shared):
     x, integers, scales, b, _ = layer(rows, inputs, outputs, seed, bias)
     x.requires_grad_()
-    y = int8_linear(x, integers, scales, b)
-    torch.testing.assert_close(y, reference(x.detach(), integers, scales, b), **EXACT)
+    shares = torch.linspace(0.5, 2, inputs) if shared else None
+    y = int8_linear(x, integers, scales, b, shares)
+    torch.testing.assert_close(y, reference(x.detach(), integers, scales, b, shares), **EXACT)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed + 1))
     y.backward(g)
-    torch.testing.assert_close(x.grad, reference_gradient(g, integers, scales), **EXACT)
+    torch.testing.assert_close(x.grad, reference_gradient(g, integers, scales, shares), **EXACT)
 
 
 def test_the_error_is_that_of_the_last_of_127_steps():

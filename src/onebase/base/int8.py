@@ -3,11 +3,17 @@
 What stays as it is: embeddings, norms, output and task heads, and layers with a side that is no multiple of 8, which
 integer products on GPUs do not take. `weight` of such a layer is made from its integers whenever somebody reads it.
 Layers that read the same rows (queries, keys and values; gate and up) share one quantisation of them.
+
+Some columns of a layer's input are twenty times the others, in every row, and would leave these a few of 127 steps. So the
+columns are divided by factors and the weight's columns multiplied by them, which changes no product: SmoothQuant, arXiv:2211.10438
+eq. 4 with alpha 0.5, each factor rounded to a fourth root of a power of two, so that the same integers come out on every
+machine. How large columns are is seen in one forward of random tokens: they are large whatever the tokens are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +27,18 @@ class LastRows:
     def __init__(self) -> None:
         self._rows: Tensor | None = None
         self._version = 0
+        self._shares: Tensor | None = None
         self._found: tuple[Tensor, Tensor] | None = None
 
-    def integers_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the integers and scales of (rows, inner) numbers."""
+    def integers_of(self, rows: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the integers and scales of (rows, inner) numbers, each column times its share."""
         last = self._rows
         if (
-            self._found is None or last is None or last.data_ptr() != rows.data_ptr() or last.shape != rows.shape
+            self._found is None or last is None or self._shares is not shares or last.data_ptr() != rows.data_ptr() or last.shape != rows.shape
             or last.stride() != rows.stride() or self._version != rows._version
         ):  # fmt: skip
-            self._found = quantise_rows(rows.detach(), None)
+            self._found = quantise_rows(rows.detach(), shares)
+            self._shares = shares
             self._rows, self._version = rows.detach(), rows._version  # held, so that its memory is not used again
         assert self._found is not None
         return self._found
@@ -41,14 +49,16 @@ class LastRows:
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer in 8 bits."""
+    """A frozen linear layer in 8 bits; `shares` (in,), where given, are what the columns of its input are multiplied by."""
 
-    def __init__(self, linear: nn.Linear, last: LastRows) -> None:
+    def __init__(self, linear: nn.Linear, last: LastRows, shares: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        integers, scales = quantise_weight(linear.weight.detach())
+        weight = linear.weight.detach()
+        integers, scales = quantise_weight(weight if shares is None else weight / shares)
         self.integers = nn.Parameter(integers, requires_grad=False)
         self.register_buffer("scales", scales)
+        self.shares = shares
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
         self._last = last
@@ -57,30 +67,74 @@ class Int8Linear(nn.Module):
     def weight(self) -> Tensor:
         """(out, in), what the layer multiplies with, in floating point."""
         assert isinstance(self.scales, Tensor)
-        return (self.integers * self.scales[:, None]).to(self.dtype)
+        weight = self.integers * self.scales[:, None]
+        return (weight if self.shares is None else weight * self.shares).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for every vector of the last dimension."""
         assert isinstance(self.scales, Tensor)
         rows = x.reshape(-1, self.in_features)
-        y = int8_linear(rows, self.integers, self.scales, self.bias, self._last.integers_of(rows))
+        given = self._last.integers_of(rows, self.shares)
+        y = int8_linear(rows, self.integers, self.scales, self.bias, self.shares, given)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)  # in place on a view costs a copy
 
 
+class _Seen:
+    """The largest number of each column that layers read in a forward; layers that read one tensor in turn are a group."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[list[nn.Linear], Tensor]] = []
+        self._last: Tensor | None = None
+
+    def watch(self, linear: nn.Module, given: tuple[Any, ...]) -> None:
+        """Take note of what a layer is given; a forward pre-hook."""
+        assert isinstance(linear, nn.Linear)
+        if self.groups and given[0] is self._last:
+            self.groups[-1][0].append(linear)
+        else:
+            self._last = given[0]
+            self.groups.append(([linear], given[0].detach().flatten(0, -2).abs().amax(0).float()))
+
+    def shares(self) -> dict[nn.Linear, Tensor]:
+        """Return what each layer's columns are to be multiplied by, the same for all layers of a group."""
+        found: dict[nn.Linear, Tensor] = {}
+        for linears, columns in self.groups:
+            weights = torch.stack([linear.weight.abs().amax(0).float() for linear in linears]).amax(0)
+            powers = (weights.log2() - columns.log2()) / 2
+            shares = torch.exp2(torch.where(powers.isfinite(), (powers * 4).round() / 4, 0.0))
+            for linear in linears:
+                found.setdefault(linear, shares)
+        return found
+
+
 @torch.no_grad()
-def quantise_(model: nn.Module, kept: Collection[str]) -> int:
+def quantise_(model: nn.Module, kept: Collection[str], forward: Callable[[], object] | None) -> int:
     """Put 8-bit layers in the place of a model's linear layers, and return how many.
 
     Args:
         kept: paths of modules that stay as they are, with all inside them.
+        forward: runs the model on something; None: no column is multiplied.
     """
-    last, count = LastRows(), 0
-    for path, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or any(path == p or path.startswith(f"{p}.") for p in kept):
-            continue
-        if module.in_features % 8 or module.out_features % 8:
-            continue
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear
+        and not any(path == p or path.startswith(f"{p}.") for p in kept)
+        and not (module.in_features % 8 or module.out_features % 8)
+    }
+    seen = _Seen()
+    hooks = [linear.register_forward_pre_hook(seen.watch) for linear in linears.values()]
+    try:
+        if forward is not None:
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last, shares, count = LastRows(), seen.shares(), len(linears)
+    del seen
+    while linears:  # each is let go before the next is made
+        path, linear = linears.popitem()
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Int8Linear(module, last))
-        count += 1
+        setattr(model.get_submodule(parent), name, Int8Linear(linear, last, shares.pop(linear, None)))
+        del linear
     return count

@@ -34,6 +34,7 @@ from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
 
 LayoutKind = Literal["flat", "padded", "native"]
+_RANDOM_TOKENS = 256
 Quantize = Literal["none", "int8", "nf4"]
 
 
@@ -99,8 +100,14 @@ class Base:
             nf4.check_installed()
         heads = () if isinstance(self.task_head, str) else self.task_head.paths
         outputs = [path for path, module in self.model.named_modules() if module is self.head_module]
-        quantise_ = nf4.quantise_ if how == "nf4" else int8.quantise_
-        if not quantise_(self.model, (*heads, *outputs)):
+        kept = (*heads, *outputs)
+        if how == "nf4":
+            count = nf4.quantise_(self.model, kept)
+        else:
+            count = int8.quantise_(
+                self.model, kept, None if self.layout_kind == "native" else self._run_on_random_tokens
+            )
+        if not count:
             sides = ", both sides multiples of 8" if how == "int8" else ""
             raise ModelError(
                 f"{self.name} has no linear layer that can be held in {how} (torch.nn.Linear{sides}). Remove quantize."
@@ -109,6 +116,13 @@ class Base:
             if tensor.is_floating_point():  # may lie in the mapped file, which stays in memory for the last of them
                 tensor.data = tensor.data.clone()
         self.quantize = how
+
+    def _run_on_random_tokens(self) -> None:
+        config = self.model.config.get_text_config()
+        count = min(_RANDOM_TOKENS, getattr(config, "max_position_embeddings", None) or _RANDOM_TOKENS)
+        ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+        with self.native(Route()) as model:
+            model(input_ids=ids.to(self.device))
 
     def fuse(self) -> None:
         """Let elementwise work run as one pass, the same but for rounding; `why_not_fused` says why where it does not."""

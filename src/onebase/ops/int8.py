@@ -8,6 +8,7 @@ A weight has one scale an output, a row of activations one of its own (so that n
 
 The backward is the same with g * u in the place of x, and P in the place of P^T: dx_i = t_i (round(g_i u / t_i) P). So
 gradients are rounded row by row: the gradient of an int8 layer is an approximation of the gradient of its own forward.
+With shares d of the columns, x d stands for x in the forward and dx is multiplied by d; P is made of W / d.
 A row that holds a NaN or an infinity stays not finite, and is nobody else's.
 
 `reference` and `reference_gradient` are the meaning, in floating point. Products of 8-bit integers are exact in 32 bits
@@ -42,19 +43,25 @@ def reference(
     weight: Int8[Tensor, "out in"],
     scales: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None = None,
+    shares: Float[Tensor, " in"] | None = None,
 ) -> Float[Tensor, "rows out"]:
     """Return s (q P^T) u + b in floating point: the meaning of `int8_linear`."""
+    x = x if shares is None else x * shares
     largest = _largest(x)
     y = (torch.round(x * (LARGEST / largest)) @ weight.to(x.dtype).T) * (largest / LARGEST) * scales
     return y if bias is None else y + bias
 
 
 def reference_gradient(
-    grad: Float[Tensor, "rows out"], weight: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
+    grad: Float[Tensor, "rows out"],
+    weight: Int8[Tensor, "out in"],
+    scales: Float[Tensor, " out"],
+    shares: Float[Tensor, " in"] | None = None,
 ) -> Float[Tensor, "rows in"]:
     """Return dx of `int8_linear` in floating point."""
     largest = _largest(grad * scales)
-    return (torch.round(grad * scales * (LARGEST / largest)) @ weight.to(grad.dtype)) * (largest / LARGEST)
+    dx = (torch.round(grad * scales * (LARGEST / largest)) @ weight.to(grad.dtype)) * (largest / LARGEST)
+    return dx if shares is None else dx * shares
 
 
 def int8_linear(
@@ -62,32 +69,41 @@ def int8_linear(
     weight: Int8[Tensor, "out in"],
     scales: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None = None,
+    shares: Float[Tensor, " in"] | None = None,
     given: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "rows out"]:
     """Return the layer's output for every row, in the rows' own format; equal to `reference`.
 
     Args:
+        shares: what the columns of `x` are multiplied by before they are rounded.
         given: the integers and scales of `x`, where another layer has made them already.
     """
-    y: Tensor = _Int8Linear.apply(x, weight, scales, bias, given)  # type: ignore[no-untyped-call]
+    y: Tensor = _Int8Linear.apply(x, weight, scales, bias, shares, given)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, given: tuple[Tensor, Tensor] | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        shares: Tensor | None,
+        given: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, scales)
-        integers, row_scales = quantise_rows(x, None) if given is None else given
+        ctx.save_for_backward(weight, scales, shares)
+        integers, row_scales = quantise_rows(x, shares) if given is None else given
         return scale_products(product(integers, weight.T), row_scales, scales, bias, x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scales = ctx.saved_tensors
+        weight, scales, shares = ctx.saved_tensors
         integers, row_scales = quantise_rows(grad, scales)
-        return scale_products(product(integers, weight), row_scales, None, None, grad.dtype), None, None, None, None
+        dx = scale_products(product(integers, weight), row_scales, shares, None, grad.dtype)
+        return dx, None, None, None, None, None
 
 
 def product(one: Int8[Tensor, "rows inner"], other: Int8[Tensor, "inner columns"]) -> Int32[Tensor, "rows columns"]:
