@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from onebase.adapters.bank import Bank
 from onebase.base import kernels
 from onebase.base.blocks import FusedGatedMLP, FusedRMSNorm, fuse_
 from onebase.base.route import Route
-from onebase.ops import native
+from onebase.config.methods import Lora
 from tests import tiny
 from tests.laws.test_together_and_alone import batch_with, results
 
@@ -40,19 +41,33 @@ def test_a_library_is_made_once_and_made_again_if_it_is_damaged(tmp_path):
     calls = (tmp_path / "calls").read_text().count("called")
     assert calls == 4  # version, compile, link; version
     (library,) = tmp_path.glob("kernels/*/kernels.so")
-    library.write_bytes(b"")
-    assert asked(tmp_path, CC=count) == "True"
+    whole = library.read_bytes()
+    for damaged in (b"", whole[:4096] + bytes(len(whole) - 4096), bytes(len(whole))):
+        library.write_bytes(damaged)
+        assert asked(tmp_path, CC=count) == "True"
+        assert library.read_bytes() == whole
 
 
-def test_where_it_cannot_be_made_the_reason_is_said(tmp_path):
-    nothing = compiler_at(tmp_path / "broken", '[ "$1" = --version ] && exit 0\necho "fatal: out of order" >&2; exit 1')
-    assert asked(tmp_path, CC=nothing) == f"{nothing} made no kernels that run here: fatal: out of order"
-    wrong = compiler_at(tmp_path / "wrong", 'for a; do :; done\n[ "$1" = --version ] || echo text > "$a"')
-    assert asked(tmp_path, CC=wrong).startswith(f"{wrong} made no kernels that run here: ")
-    assert (
-        asked(tmp_path, CC="no-such-compiler", PATH=str(tmp_path))
-        == "no C compiler was found (gcc, or the one that CC names)"
-    )
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ('echo "a warning" >&2; echo "fatal error: out of order" >&2; exit 1', "failed: fatal error: out of order"),
+        ("printf '\\351' >&2; exit 1", "failed: \ufffd"),
+        ('for a; do :; done; echo text > "$a"', "cannot be loaded here"),
+        ('for a; do :; done; echo "int x;" > x.c; exec gcc -shared x.c -o "$a"', "cannot be loaded here"),
+        ("exit 0", "No such file or directory"),
+    ],
+)
+def test_where_it_cannot_be_made_the_reason_is_said(script, reason, tmp_path):
+    wrong = compiler_at(tmp_path / "gcc", f'cd {tmp_path}; [ "$1" = --version ] && exit 0\n{script}')
+    said = asked(tmp_path, CC=wrong)
+    assert said.endswith(reason) or reason in said, said
+
+
+def test_the_compiler_is_the_one_that_is_named_with_its_options(tmp_path):
+    assert asked(tmp_path, CC="no-such-compiler").startswith("there is no C compiler no-such-compiler (")
+    assert asked(tmp_path, CC="", PATH=str(tmp_path)).startswith("there is no C compiler cc (")
+    assert asked(tmp_path, CC="gcc -O1") == "True"
 
 
 def test_a_cache_that_cannot_be_written_is_a_reason_and_no_error(tmp_path):
@@ -118,6 +133,18 @@ def test_generation_with_a_cache_is_the_same(compiled):
     assert torch.equal(*found)
 
 
-def test_without_kernels_the_same_functions_run(monkeypatch):
-    monkeypatch.setattr(native._Process, "library", None)
-    assert not native.fits(torch.zeros(3))
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_trained_copy_of_attention_computes_with_its_own_weights(name, compiled):
+    found = []
+    for fused in (False, True):
+        base = tiny.base_of(name)
+        if fused:
+            fuse_(base.model)
+        bank = Bank(base)
+        adapter = bank.add(
+            "one", Lora(r=2, layers_to_transform=[0], modules_to_save=["layers.1.self_attn", "layers.1.mlp"])
+        )
+        tiny.fill_(adapter, size=0.1)
+        found.append(results(bank, batch_with("one"), "one"))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 + 1e-4 * float(theirs.detach().abs().max()))

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.ops.int8 import int8_linear, quantise_weight, reference, reference_gradient
+from onebase.base.kernels import use_kernels
+from onebase.ops import native
+from onebase.ops.int8 import (
+    int8_linear,
+    quantise_rows,
+    quantise_weight,
+    reference,
+    reference_gradient,
+    scale_products,
+)
 
 SIZES = st.sampled_from([8, 16, 24, 40])
 EXACT: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
@@ -63,3 +72,28 @@ def test_zeros_give_the_bias_and_other_formats_their_own():
     assert torch.equal(int8_linear(torch.zeros(3, 16), integers, scales, bias), bias.expand(3, 8))
     half = int8_linear(torch.ones(3, 16, dtype=torch.bfloat16), integers, scales, None)
     assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_compiled_and_not_the_integers_and_the_numbers_are_the_same_to_the_bit(shared, monkeypatch):
+    if why := use_kernels():
+        pytest.skip(why)
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 200, generator=draws) * torch.logspace(-6, 6, 900)[:, None]
+    x[7] = 0
+    factors = torch.rand(400, generator=draws)[::2] if shared else None
+    products = torch.randint(-(10**6), 10**6, (200, 900), generator=draws, dtype=torch.int32).T
+    bias = torch.randn(200, generator=draws) if shared else None
+    found = []
+    for library in (native._Process.library, None):
+        monkeypatch.setattr(native._Process, "library", library)
+        integers, scales = quantise_rows(x, factors)
+        found.append((integers, scales, scale_products(products, scales, factors, bias, torch.float32)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_number_for_every_column_is_needed():
+    if why := use_kernels():
+        pytest.skip(why)
+    with pytest.raises(ValueError, match="columns"):
+        native.quantise_rows(torch.ones(3, 8), torch.ones(4))

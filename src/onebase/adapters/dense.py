@@ -42,12 +42,12 @@ def write_dense_(module: nn.Module, dense: Tensor) -> None:
     """Put a matrix as `dense_weight` returns it in the place of a module's own weight, rounded to its dtype.
 
     Raises:
-        TargetError: the weight is held in 8 bits.
+        TargetError: the weight is held in 8 or 4 bits.
     """
     weight = module._parameters.get("weight")
     if weight is None:
         raise TargetError(
-            f"a {type(module).__name__} holds its weight in 8 bits, which nothing is written into. Open the base with "
+            f"a {type(module).__name__} holds its weight in fewer bits, which nothing is written into. Open the base with "
             "quantize: none"
         )
     weight.copy_((dense.T if is_transposed(module) else dense).reshape(weight.shape))

@@ -1,16 +1,16 @@
 """Parts of a frozen model whose elementwise work runs as one pass: norms, gated activations, rotary positions.
 
 A norm or a gated block is exchanged for a module with the same weights and layers under the same names, if its result on
-random rows is that of the formula in ops/elementwise.py: nothing is decided by a model's name. What differs (a norm of
-Gemma, another activation) stays as it is. An attention module keeps its own forward; the function by which it rotates
-queries and keys, `apply_rotary_pos_emb` of its source file, is another one inside it, if both agree in the same way.
+random rows is that of the formula in ops/elementwise.py. What differs (a norm of Gemma, another activation) stays as it is.
+An attention module keeps its weights and becomes one of a class made from its own: that one's forward, with another function
+in the place of `apply_rotary_pos_emb` of its source file, if both agree in the same way.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -102,24 +102,34 @@ def _fused_mlp(block: nn.Module) -> nn.Module | None:
 
 def _rotates_in_one_pass(module: nn.Module) -> bool:
     """Give an attention module's forward the rotation of ops/elementwise.py, and return whether it has one to exchange."""
-    forward: Any = inspect.unwrap(type(module).forward)
-    own = getattr(forward, "__globals__", {}).get(_ROTATION)
-    if own is None or "forward" in vars(module) or _ROTATION not in forward.__code__.co_names:
+    turning = _turning_class(type(module))  # type: ignore[arg-type]  # of classes mypy knows no hash
+    if turning is None or "forward" in vars(module):
         return False
+    module.__class__ = turning
+    return True
+
+
+@cache
+def _turning_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Return a class like `kind` whose forward rotates in one pass; None where it rotates in another way."""
+    forward: Any = kind.forward
+    own = getattr(forward, "__globals__", {}).get(_ROTATION)
+    if own is None or hasattr(forward, "__wrapped__") or _ROTATION not in forward.__code__.co_names:
+        return None  # a decorated forward does more than its code says
     q, k = (_random((1, heads, _ROWS, 8), torch.empty(0)) for heads in (4, 2))
     cos, sin = (_random((1, _ROWS, 8), part) for part in (q, k))
     try:
         theirs = own(q, k, cos, sin)
+        ours = _rotation(own)(q, k, cos, sin)
+        same = all(_close(one, other) for one, other in zip(ours, theirs, strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError):  # a rotation that takes something else
-        return False
-    ours = _rotation(own)(q, k, cos, sin)
-    if not all(_close(one, other) for one, other in zip(ours, theirs, strict=True)):
-        return False
+        return None
+    if not same:
+        return None
     around = {**forward.__globals__, _ROTATION: _rotation(own)}
     changed = FunctionType(forward.__code__, around, forward.__name__, forward.__defaults__, forward.__closure__)
     changed.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = MethodType(changed, module)
-    return True
+    return type(kind.__name__, (kind,), {"forward": changed, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _rotation(own: Rotation) -> Rotation:

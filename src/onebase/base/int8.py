@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onebase.errors import ModelError
 from onebase.ops.int8 import int8_linear, quantise_rows, quantise_weight
 
 
@@ -25,31 +26,31 @@ class LastRows:
     """The rows that were quantised last, for the next layer that reads the same ones."""
 
     def __init__(self) -> None:
-        self._rows: Tensor | None = None
-        self._version = 0
-        self._shares: Tensor | None = None
-        self._found: tuple[Tensor, Tensor] | None = None
+        # read and written at once, as several threads may; the rows are held, so that their memory is not used again
+        self._last: tuple[Tensor, int, Tensor | None, tuple[Tensor, Tensor]] | None = None
 
     def integers_of(self, rows: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the integers and scales of (rows, inner) numbers, each column times its share."""
-        last = self._rows
-        if (
-            self._found is None or last is None or self._shares is not shares or last.data_ptr() != rows.data_ptr() or last.shape != rows.shape
-            or last.stride() != rows.stride() or self._version != rows._version
-        ):  # fmt: skip
-            self._found = quantise_rows(rows.detach(), shares)
-            self._shares = shares
-            self._rows, self._version = rows.detach(), rows._version  # held, so that its memory is not used again
-        assert self._found is not None
-        return self._found
-
-    def forget(self) -> None:
-        """Let the last rows go."""
-        self._rows = self._found = None
+        rows = rows.detach()
+        if rows.is_inference():  # these do not say when they are written into
+            return quantise_rows(rows, shares)
+        if self._last is not None:
+            last, version, own, found = self._last
+            if (
+                own is shares and last.data_ptr() == rows.data_ptr() and last.shape == rows.shape
+                and last.stride() == rows.stride() and version == rows._version
+            ):  # fmt: skip
+                return found
+        found = quantise_rows(rows, shares)
+        self._last = rows, rows._version, shares, found
+        return found
 
 
 class Int8Linear(nn.Module):
     """A frozen linear layer in 8 bits; `shares` (in,), where given, are what the columns of its input are multiplied by."""
+
+    bias: Tensor | None
+    shares: Tensor | None
 
     def __init__(self, linear: nn.Linear, last: LastRows, shares: Tensor | None = None) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Int8Linear(nn.Module):
         integers, scales = quantise_weight(weight if shares is None else weight / shares)
         self.integers = nn.Parameter(integers, requires_grad=False)
         self.register_buffer("scales", scales)
-        self.shares = shares
+        self.register_buffer("shares", shares)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
         self._last = last
@@ -77,6 +78,18 @@ class Int8Linear(nn.Module):
         given = self._last.integers_of(rows, self.shares)
         y = int8_linear(rows, self.integers, self.scales, self.bias, self.shares, given)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)  # in place on a view costs a copy
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight  # what others read of a model are plain layers
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        """Go to another device as every module does, and to no other number format: scales are fp32."""
+        if fn(torch.empty(0, dtype=self.dtype, device=self.integers.device)).dtype != self.dtype:
+            raise ModelError("a base in 8 bits keeps its number format. Open it again, with dtype set.")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class _Seen:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from onebase.base.cache import build_once, home
@@ -22,54 +23,77 @@ from onebase.errors import CapacityError, ModelError
 from onebase.ops import native
 
 _SOURCE = Path(native.__file__).with_name("kernels.c")
-_NAME = "kernels.so"
+_NAME, _HASH = "kernels.so", "kernels.sha256"
 _COMPILE = (
     "-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC",
 )  # fmt: skip
-_LONGEST_SECONDS = 120
+_LONGEST_SECONDS = 60
 
 
 @cache
 def use_kernels() -> str:
     """Let this process compute with the compiled kernels, and return why it cannot; "" where it does."""
-    compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
+    named = shlex.split(os.environ.get("CC", "")) or ["gcc" if shutil.which("gcc") else "cc"]
+    program = shutil.which(named[0])
     if sys.platform != "linux":
         return f"the compiled kernels are made on Linux alone, this is {sys.platform}"
-    if compiler is None:
-        return "no C compiler was found (gcc, or the one that CC names)"
+    if program is None:
+        return f"there is no C compiler {named[0]} (install gcc, or name another one in CC)"
+    compiler = [program, *named[1:]]
     try:
-        native.use(build_once(_folder(compiler), lambda folder: _build(compiler, folder)) / _NAME)
+        folder = _folder(compiler)
+        if not _use(_built(compiler, folder)):  # damaged, in a way that its seal does not show
+            shutil.rmtree(folder)
+            if not _use(_built(compiler, folder)):
+                return f"what {program} makes of {_SOURCE} cannot be loaded here"
     except (CapacityError, ModelError) as error:  # of the cache folder
         return str(error)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        return f"{compiler} made no kernels that run here: {(said.strip() or repr(error)).splitlines()[0]}"
+    except subprocess.TimeoutExpired:
+        return f"{program} did not end within {_LONGEST_SECONDS} s"
+    except subprocess.CalledProcessError as error:
+        lines = [line.strip() for line in str(error.stderr).splitlines() if line.strip()] or [str(error)]
+        return f"{program} failed: {next((line for line in lines if 'error' in line), lines[0])}"
+    except OSError as error:
+        return str(error)
     return ""
 
 
-def _build(compiler: str, folder: Path) -> None:
-    objects = folder / "kernels.o"
-    for command in (
-        [*_COMPILE, "-c", str(_SOURCE), "-o", str(objects)],
-        ["-shared", str(objects), "-o", str(folder / _NAME)],
-    ):
-        subprocess.run(
-            [compiler, *command],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_LONGEST_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
+def _use(folder: Path) -> bool:
+    """Let this process compute with a folder's library, if it is the one that was made there and loads."""
+    library = folder / _NAME
+    if hashlib.sha256(library.read_bytes()).hexdigest() != (folder / _HASH).read_text(encoding="utf-8"):
+        return False
+    try:
+        native.use(library)
+    except (OSError, AttributeError):  # no library, or one without these functions
+        return False
+    return True
+
+
+def _built(compiler: list[str], folder: Path) -> Path:
+    return build_once(folder, partial(_build, compiler))
+
+
+def _build(compiler: list[str], folder: Path) -> None:
+    objects, library = folder / "kernels.o", folder / _NAME
+    _run([*compiler, *_COMPILE, "-c", str(_SOURCE), "-o", str(objects)])
+    _run([*compiler, "-shared", str(objects), "-o", str(library)])
     objects.unlink()
+    (folder / _HASH).write_text(hashlib.sha256(library.read_bytes()).hexdigest(), encoding="utf-8")
 
 
-def _folder(compiler: str) -> Path:
+def _run(words: list[str]) -> str:
+    done = subprocess.run(
+        words, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=_LONGEST_SECONDS,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return done.stdout
+
+
+def _folder(compiler: list[str]) -> Path:
     """Return where the library for this source, compiler and processor lies: a cache may be shared by machines."""
-    version = subprocess.run(
-        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=_LONGEST_SECONDS
-    )
-    parts = [_SOURCE.read_text(encoding="utf-8"), " ".join(_COMPILE), version.stdout, platform.machine(), _processor()]
+    said = _run([*compiler, "--version"])
+    parts = [_SOURCE.read_text(encoding="utf-8"), *_COMPILE, *compiler, said, platform.machine(), _processor()]
     return home() / "kernels" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

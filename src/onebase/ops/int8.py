@@ -123,7 +123,8 @@ def quantise_rows(
         return native.quantise_rows(x, factors)
     x = x.float() if factors is None else x.float() * factors
     largest = _largest(x)
-    return torch.round(x * (LARGEST / largest)).to(torch.int8), largest / LARGEST
+    by = torch.full_like(largest, LARGEST) / largest  # a plain number divided by a tensor is rounded twice
+    return torch.round(x * by).to(torch.int8), largest / LARGEST
 
 
 def scale_products(

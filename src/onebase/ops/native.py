@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,74 +57,79 @@ def fits(*tensors: Tensor | None) -> bool:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up."""
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    _library().swiglu(y.numel(), *_addresses(gate, up, y))
+    y = _empty(gate)
+    _call("swiglu", y.numel(), gate.contiguous(), up.contiguous(), y)
     return y
 
 
 def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return d gate and d up."""
-    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
-    _library().swiglu_gradient(grad.numel(), *_addresses(grad, gate, up, d_gate, d_up))
+    d_gate, d_up = _empty(gate), _empty(gate)
+    _call("swiglu_gradient", gate.numel(), grad.contiguous(), gate.contiguous(), up.contiguous(), d_gate, d_up)
     return d_gate, d_up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension, and one over the root, (rows,)."""
-    x, weight = x.contiguous(), weight.contiguous()
-    y, size = torch.empty_like(x), x.shape[-1]
+    y, size = _empty(x), x.shape[-1]
     inverse = x.new_empty(x.numel() // size)
-    _library().rms_norm(inverse.numel(), size, eps, *_addresses(x, weight, y, inverse))
+    _call("rms_norm", len(inverse), size, eps, x.contiguous(), weight.contiguous(), y, inverse)
     return y, inverse
 
 
 def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """Return dx of `rms_norm`."""
-    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    dx = torch.empty_like(x)
-    _library().rms_norm_gradient(inverse.numel(), x.shape[-1], *_addresses(grad, x, weight, inverse, dx))
+    dx = _empty(x)
+    rows = (grad.contiguous(), x.contiguous())
+    _call("rms_norm_gradient", len(inverse), x.shape[-1], *rows, weight.contiguous(), inverse, dx)
     return dx
 
 
 def quantise_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the 8-bit integers and scales (rows, 1) of (rows, size) numbers times their column's factor."""
-    x = x.contiguous()
-    integers, scales = torch.empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1)
-    _library().quantise_rows(*x.shape, *_addresses(x, factors, integers, scales))
+    integers, scales = _empty(x, torch.int8), x.new_empty(len(x), 1)
+    _call("quantise_rows", *x.shape, x.contiguous(), _columns(factors, x), integers, scales)
     return integers, scales
 
 
 def scale_products(products: Tensor, scales: Tensor, factors: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return products * scales * factors + bias for (rows, size) 32-bit integers."""
-    y = torch.empty(products.shape)
-    _library().scale_products(*products.shape, *_addresses(products.contiguous(), scales, factors, bias, y))
+    """Return products * scales * factors + bias for (rows, size) 32-bit integers and (rows, 1) scales."""
+    y = _empty(products, torch.float32)
+    columns = (_columns(factors, products), _columns(bias, products))
+    _call("scale_products", *products.shape, products.contiguous(), scales.contiguous(), *columns, y)
     return y
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """Return (rows, heads, size) numbers after the rotation by (rows, size) cosines and sines, or after its transpose."""
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    y = torch.empty_like(x)
-    _library().rotate(*x.shape, int(back), *_addresses(x, cos, sin, y))
+    y = _empty(x)
+    _call("rotate", *x.shape, int(back), x.contiguous(), cos.contiguous(), sin.contiguous(), y)
     return y
 
 
 def softmax_gradient_(logits: Tensor, weights: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Turn (rows, size) logits into weights * (softmax - floor), and return each row's largest and total, (rows,).
+    """Turn contiguous (rows, size) logits into weights * (softmax - floor), and return each row's largest and total, (rows,).
 
     The logarithm of a row's sum of e^logit is largest + log(total).
     """
     largest, totals = logits.new_empty(len(logits)), logits.new_empty(len(logits))
-    _library().softmax_gradient(*logits.shape, floor, *_addresses(weights.contiguous(), logits, largest, totals))
+    _call("softmax_gradient", *logits.shape, floor, weights.contiguous(), logits, largest, totals)
     return largest, totals
 
 
-def _library() -> ctypes.CDLL:
+def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _columns(numbers: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Return one number a column of `rows`; C reads as many, whatever there are."""
+    if numbers is not None and numbers.shape != rows.shape[1:]:
+        raise ValueError(f"{tuple(numbers.shape)} numbers for the columns of {tuple(rows.shape)}")
+    return None if numbers is None else numbers.contiguous()
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a kernel; `arguments` holds the tensors, made for the call or not, until it is over."""
     assert _Process.library is not None
-    return _Process.library
-
-
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
+    getattr(_Process.library, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))

@@ -103,6 +103,8 @@ def profile_folder(out: Path) -> Path:
     Raises:
         ConfigError: something else is there.
     """
+    if not out.name or out.name == "..":
+        raise ConfigError(f"--out {out}: a profile goes beside a folder with a name. Give --out one, as runs/NAME.")
     folder = out.with_name(f"{out.name}-profile")
     if folder.is_dir():
         others = sorted({path.name for path in folder.iterdir()} - {PROFILE_NAME, TRACE_NAME})
@@ -158,7 +160,8 @@ def _profile(member: Member, progress: Progress, trace: Path) -> Profile:
     tensors, books = member.state()
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     product = _largest_product(base.trunk, round(sum(tokens) / len(tokens)))
-    rate = measured_flop_per_s(product, base.dtype, base.device)
+    numbers = torch.int8 if base.quantize == "int8" else base.dtype
+    rate = measured_flop_per_s(product, numbers, base.device)
     for _ in range(PROFILED_STEPS):
         began = time.perf_counter()
         record = _run_step(member)
@@ -166,11 +169,11 @@ def _profile(member: Member, progress: Progress, trace: Path) -> Profile:
         losses.append(record.loss)
         progress.stepped(record)
     member.load_state(before, books, None)
-    rate = max(rate, measured_flop_per_s(product, base.dtype, base.device))
+    rate = max(rate, measured_flop_per_s(product, numbers, base.device))
     lines, again = _profiled(member, trace)
     return Profile(
         model=base.name,
-        dtype=str(base.dtype).removeprefix("torch."),
+        dtype=base.format,
         device=str(base.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -257,6 +260,10 @@ def _largest_product(trunk: nn.Module, rows: int) -> Product:
     """Return the product of rows with the size of weight that most of a model's numbers, embeddings apart, are in."""
     numbers: Counter[tuple[int, int]] = Counter()
     for module in trunk.modules():
+        sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(sides[0], int) and isinstance(sides[1], int):  # in 8 or 4 bits, too
+            numbers[sides[0], sides[1]] += sides[0] * sides[1]
+            continue
         for parameter in module.parameters(recurse=False):
             if parameter.dim() == 2 and not isinstance(module, nn.Embedding):
                 columns, inner = parameter.shape
@@ -274,13 +281,14 @@ def measured_flop_per_s(size: Product, dtype: torch.dtype, device: torch.device)
     x = torch.linspace(-1, 1, rows * inner, device=device).view(rows, inner).to(dtype)
     weight = torch.linspace(-1, 1, columns * inner, device=device).view(columns, inner).to(dtype)
     weights = [weight.clone() for _ in range(_WEIGHTS)]
+    multiply = torch._int_mm if dtype is torch.int8 else torch.mm
     groups = [weights] if device.type == "cuda" else [[weight] for weight in weights]  # starting a kernel takes time
     taken: list[float] = []
     while sum(taken) < _MEASURING_SECONDS or len(taken) < 2 * _WEIGHTS:
         for group in groups:
             began = time.perf_counter()
             for weight in group:
-                torch.mm(x, weight.T)
+                multiply(x, weight.T)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             taken.append((time.perf_counter() - began) / len(group))
