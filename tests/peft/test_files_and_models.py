@@ -245,8 +245,10 @@ def test_half_precision_is_peft_s_to_its_precision() -> None:
     torch.testing.assert_close(found[1].loss, found[0].loss, rtol=2**-7, atol=0)
 
 
-def test_an_adapter_of_onebase_train_opens_on_the_model_of_its_folder_and_on_no_other(tmp_path) -> None:
+def test_an_adapter_of_onebase_train_opens_on_the_model_of_its_folder_and_on_no_other(tmp_path, monkeypatch) -> None:
     import transformers
+
+    monkeypatch.setattr("onebase.base.model.use_kernels", lambda: "both compute as torch does")
 
     import onebase as ob
 

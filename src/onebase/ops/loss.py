@@ -221,10 +221,12 @@ def _cross_entropy(logits: Tensor, job: _Job, chunk: slice, *, overwrite: bool) 
     """Write the chunk's row losses and return weights * d loss / d logits, (rows, vocab), in the logits' place if allowed."""
     labels, weights = job.labels[chunk, None], job.weights[chunk, None].to(logits.dtype)
     smooth, floor = job.label_smoothing, job.label_smoothing / logits.shape[1]
-    if overwrite and logits.is_contiguous() and native.fits(logits, weights):
+    if native.fits(logits, weights):  # whoever asks: with a head that learns and without one, bits are the same
         label, mean = logits.gather(1, labels), logits.mean(1, keepdim=True) if smooth else None
-        d_logits = logits
-        largest, totals = (found[:, None] for found in native.softmax_gradient_(logits, weights, floor))
+        d_logits = (
+            logits if overwrite and logits.is_contiguous() else logits.clone(memory_format=torch.contiguous_format)
+        )
+        largest, totals = (found[:, None] for found in native.softmax_gradient_(d_logits, weights, floor))
         log_total = totals.log()
         correct = (label >= largest) & ~totals.isnan()
         loss = log_total - (label - largest)
