@@ -68,6 +68,7 @@ def test_the_compiler_is_the_one_that_is_named_with_its_options(tmp_path):
     assert asked(tmp_path, CC="no-such-compiler").startswith("there is no C compiler no-such-compiler (")
     assert asked(tmp_path, CC="", PATH=str(tmp_path)).startswith("there is no C compiler cc (")
     assert asked(tmp_path, CC="gcc -O1") == "True"
+    assert asked(tmp_path, CC="gcc '") == """CC is "gcc '", which is no command (No closing quotation)"""
 
 
 def test_a_cache_that_cannot_be_written_is_a_reason_and_no_error(tmp_path):
@@ -148,3 +149,18 @@ def test_a_trained_copy_of_attention_computes_with_its_own_weights(name, compile
         found.append(results(bank, batch_with("one"), "one"))
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 + 1e-4 * float(theirs.detach().abs().max()))
+
+
+def test_a_norm_that_takes_more_than_its_rows_stays(compiled):
+    class GatedRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+            self.eps = 1e-6
+
+        def forward(self, x, gate=None):
+            y = torch.nn.functional.rms_norm(x, (8,), self.weight, self.eps)
+            return y if gate is None else y * gate
+
+    model = torch.nn.ModuleList([GatedRMSNorm()])
+    assert fuse_(model) == 0 and isinstance(model[0], GatedRMSNorm)

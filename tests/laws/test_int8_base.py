@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from onebase.adapters.bank import Bank
 from onebase.base.int8 import Int8Linear, LastRows
 from onebase.base.model import load
+from onebase.base.quantise import quantise_
 from onebase.base.route import Route
 from onebase.config.methods import AdapterSettings, Full, Ia3, Lora
 from onebase.errors import ModelError, TargetError
@@ -27,7 +28,7 @@ INT8: dict[str, Any] = {"quantize": "int8"}
 
 def int8_base(name="llama", **changes):
     base = tiny.base_of(name, **changes)
-    base.quantise("int8")
+    quantise_(base, "int8")
     return base
 
 
@@ -51,7 +52,7 @@ def test_columns_that_are_large_in_every_row_are_evened_out_and_change_no_produc
     plain, base = tiny.base_of(), tiny.base_of()
     for one in (plain, base):
         one.model.model.layers[0].input_layernorm.weight.data[5] *= 300
-    base.quantise("int8")
+    quantise_(base, "int8")
     attention = base.model.model.layers[0].self_attn
     assert attention.q_proj.shares is attention.k_proj.shares is attention.v_proj.shares  # so they share their rows
     assert attention.q_proj.shares[5] < attention.q_proj.shares.median() / 4

@@ -19,6 +19,7 @@ from onebase.adapters.bank import Bank
 from onebase.adapters.merging import Merged, plain_state
 from onebase.base.model import load
 from onebase.base.nf4 import Nf4Linear
+from onebase.base.quantise import quantise_
 from onebase.config.methods import AdapterSettings, Full, Ia3, Lora
 from onebase.errors import ConfigError, MissingExtraError, ModelError, TargetError
 from onebase.measure.forward import batches_of, forward_loss
@@ -41,7 +42,7 @@ QLORA = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_doubl
 
 def nf4_base(name="llama", **changes):
     base = tiny.base_of(name, **changes)
-    base.quantise("nf4")
+    quantise_(base, "nf4")
     return base
 
 
@@ -251,7 +252,7 @@ def test_the_files_of_a_quantised_base_do_not_stay_in_memory(shop, tmp_path):
 
     base = load(str(folder))
     assert is_mapped()
-    base.quantise("nf4")
+    quantise_(base, "nf4")
     assert not is_mapped()
 
 

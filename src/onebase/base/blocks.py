@@ -8,6 +8,7 @@ in the place of `apply_rotary_pos_emb` of its source file, if both agree in the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
@@ -152,6 +153,8 @@ def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _same(module: nn.Module, meant: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    if len(inspect.signature(module.forward).parameters) != 1:  # it may do more than the trial shows
+        return False
     return _close(module(x), meant(x))
 
 

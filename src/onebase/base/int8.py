@@ -102,11 +102,13 @@ class _Seen:
     def watch(self, linear: nn.Module, given: tuple[Any, ...]) -> None:
         """Take note of what a layer is given; a forward pre-hook."""
         assert isinstance(linear, nn.Linear)
+        if not given:  # by name: its columns stay as they are
+            return
         if self.groups and given[0] is self._last:
             self.groups[-1][0].append(linear)
         else:
             self._last = given[0]
-            self.groups.append(([linear], given[0].detach().flatten(0, -2).abs().amax(0).float()))
+            self.groups.append(([linear], given[0].detach().reshape(-1, linear.in_features).abs().amax(0).float()))
 
     def shares(self) -> dict[nn.Linear, Tensor]:
         """Return what each layer's columns are to be multiplied by, the same for all layers of a group."""

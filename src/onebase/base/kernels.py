@@ -33,7 +33,10 @@ _LONGEST_SECONDS = 60
 @cache
 def use_kernels() -> str:
     """Let this process compute with the compiled kernels, and return why it cannot; "" where it does."""
-    named = shlex.split(os.environ.get("CC", "")) or ["gcc" if shutil.which("gcc") else "cc"]
+    try:
+        named = shlex.split(os.environ.get("CC", "")) or ["gcc" if shutil.which("gcc") else "cc"]
+    except ValueError as error:
+        return f"CC is {os.environ['CC']!r}, which is no command ({error})"
     program = shutil.which(named[0])
     if sys.platform != "linux":
         return f"the compiled kernels are made on Linux alone, this is {sys.platform}"

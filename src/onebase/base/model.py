@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from onebase.base import check, int8, nf4, pretrained
+from onebase.base import check, nf4, pretrained
 from onebase.base.blocks import fuse_
 from onebase.base.classifier import TaskHead
 from onebase.base.device import resolve_device, resolve_dtype
 from onebase.base.fingerprint import fingerprint, fingerprint_of_state
 from onebase.base.flat import flat_attention_of, memory_attention_of
 from onebase.base.kernels import use_kernels
+from onebase.base.quantise import Quantize, quantise_
 from onebase.base.route import Route, RowSpace, Slot
 from onebase.base.stored_head import fit_stored_head_
 from onebase.config.labels import Labels
@@ -34,8 +35,6 @@ from onebase.ops.loss import HeadRecord
 from onebase.ops.segments import NO_OWNER, Segments
 
 LayoutKind = Literal["flat", "padded", "native"]
-_RANDOM_TOKENS = 256
-Quantize = Literal["none", "int8", "nf4"]
 
 
 class Base:
@@ -86,43 +85,6 @@ class Base:
         self.head_note = ""
         self.quantize: Quantize = "none"
         self.why_not_fused = ""
-
-    def quantise(self, how: Quantize) -> None:
-        """Hold the linear layers of the trunk in 8 or 4 bits from now on; the layout was chosen at full precision.
-
-        Raises:
-            ModelError: the model has no linear layer that can be.
-            MissingExtraError: what 4 bits need is not installed.
-        """
-        if how == "none":
-            return
-        if how == "nf4":
-            nf4.check_installed()
-        heads = () if isinstance(self.task_head, str) else self.task_head.paths
-        outputs = [path for path, module in self.model.named_modules() if module is self.head_module]
-        kept = (*heads, *outputs)
-        if how == "nf4":
-            count = nf4.quantise_(self.model, kept)
-        else:
-            count = int8.quantise_(
-                self.model, kept, None if self.layout_kind == "native" else self._run_on_random_tokens
-            )
-        if not count:
-            sides = ", both sides multiples of 8" if how == "int8" else ""
-            raise ModelError(
-                f"{self.name} has no linear layer that can be held in {how} (torch.nn.Linear{sides}). Remove quantize."
-            )
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if tensor.is_floating_point():  # may lie in the mapped file, which stays in memory for the last of them
-                tensor.data = tensor.data.clone()
-        self.quantize = how
-
-    def _run_on_random_tokens(self) -> None:
-        config = self.model.config.get_text_config()
-        count = min(_RANDOM_TOKENS, getattr(config, "max_position_embeddings", None) or _RANDOM_TOKENS)
-        ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
-        with self.native(Route()) as model:
-            model(input_ids=ids.to(self.device))
 
     def fuse(self) -> None:
         """Let elementwise work run as one pass, the same but for rounding; `why_not_fused` says why where it does not."""
@@ -421,5 +383,5 @@ def load(
     if labels is not None:
         base.open_for_task(note)
     base.fuse()
-    base.quantise(quantize)
+    quantise_(base, quantize)
     return base

@@ -14,7 +14,8 @@ from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.layer import frozen_module
 from onebase.adapters.matching import for_path, lies_in, matches
 from onebase.base import pretrained
-from onebase.base.model import Base, Quantize, load
+from onebase.base.model import Base, load
+from onebase.base.quantise import Quantize
 from onebase.config.labels import Labels
 from onebase.config.methods import AdapterSettings, Lora
 from onebase.errors import FileFormatError, ModelError
