@@ -257,8 +257,8 @@ def _whole_part(places: Places, path: str, made: dict[int, nn.Parameter], *, aga
 def _copied(parameter: nn.Parameter, path: str, name: str, made: dict[int, nn.Parameter]) -> nn.Parameter:
     if not parameter.is_floating_point():
         raise TargetError(
-            f"{path}.{name} is {str(parameter.dtype).removeprefix('torch.')}, of a quantised layer: it cannot be "
-            "trained. Load the base without quantisation, or use a method such as lora."
+            f"{path}: its weight is held in fewer bits ({name} is {str(parameter.dtype).removeprefix('torch.')}), so that "
+            "the layer cannot be trained whole. Leave quantize out, or use a method that leaves it frozen, such as lora."
         )
     if id(parameter) not in made:
         dtype = torch.promote_types(parameter.dtype, torch.float32)

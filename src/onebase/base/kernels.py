@@ -1,6 +1,6 @@
-"""Compiling ops/kernels.c for the processor at hand: once a machine, half a second, kept in the cache folder.
+"""Compiling the C sources of ops/ for the processor at hand: once a machine, half a second, kept in the cache folder.
 
-It is a file of loops without headers of torch or Python, so any C compiler of this system does and no version of torch is bound.
+They are files of loops without headers of torch or Python, so any C compiler of this system does and no version of torch is bound.
 It runs on torch's own OpenMP threads: the library names no runtime of its own, and its calls are bound to the one that
 torch has loaded. Where that does not work (no compiler, another system) everything computes as torch does, and why
 is said.
@@ -22,10 +22,10 @@ from onebase.base.cache import build_once, home
 from onebase.errors import CapacityError, ModelError
 from onebase.ops import native
 
-_SOURCE = Path(native.__file__).with_name("kernels.c")
+_SOURCES = {"kernels.c": "-ffp-contract=off", "low_rank.c": "-ffp-contract=fast"}  # why: in their first lines
 _NAME, _HASH = "kernels.so", "kernels.sha256"
 _COMPILE = (
-    "-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC",
+    "-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC",
 )  # fmt: skip
 _LONGEST_SECONDS = 60
 
@@ -48,7 +48,7 @@ def use_kernels() -> str:
         if not _use(_built(compiler, folder)):  # damaged, in a way that its seal does not show
             shutil.rmtree(folder)
             if not _use(_built(compiler, folder)):
-                return f"what {program} makes of {_SOURCE} cannot be loaded here"
+                return f"what {program} makes of the kernels cannot be loaded here"
     except (CapacityError, ModelError) as error:  # of the cache folder
         return str(error)
     except subprocess.TimeoutExpired:
@@ -78,11 +78,17 @@ def _built(compiler: list[str], folder: Path) -> Path:
 
 
 def _build(compiler: list[str], folder: Path) -> None:
-    objects, library = folder / "kernels.o", folder / _NAME
-    _run([*compiler, *_COMPILE, "-c", str(_SOURCE), "-o", str(objects)])
-    _run([*compiler, "-shared", str(objects), "-o", str(library)])
-    objects.unlink()
+    objects, library = [folder / f"{name}.o" for name in _SOURCES], folder / _NAME
+    for (name, rounding), made in zip(_SOURCES.items(), objects, strict=True):
+        _run([*compiler, *_COMPILE, rounding, "-c", str(_path(name)), "-o", str(made)])
+    _run([*compiler, "-shared", *map(str, objects), "-o", str(library)])
+    for made in objects:
+        made.unlink()
     (folder / _HASH).write_text(hashlib.sha256(library.read_bytes()).hexdigest(), encoding="utf-8")
+
+
+def _path(name: str) -> Path:
+    return Path(native.__file__).with_name(name)
 
 
 def _run(words: list[str]) -> str:
@@ -96,7 +102,10 @@ def _run(words: list[str]) -> str:
 def _folder(compiler: list[str]) -> Path:
     """Return where the library for this source, compiler and processor lies: a cache may be shared by machines."""
     said = _run([*compiler, "--version"])
-    parts = [_SOURCE.read_text(encoding="utf-8"), *_COMPILE, *compiler, said, platform.machine(), _processor()]
+    sources = [
+        part for name, rounding in _SOURCES.items() for part in (_path(name).read_text(encoding="utf-8"), rounding)
+    ]
+    parts = [*sources, *_COMPILE, *compiler, said, platform.machine(), _processor()]
     return home() / "kernels" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from onebase.ops import native
 from onebase.ops.keyed import keep_mask
-from onebase.ops.segments import NO_OWNER, Segments, spans
+from onebase.ops.segments import NO_OWNER, Segments
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class LowRank:
     pair_of_owner: Int64[Tensor, " owners"]
     started: tuple[LowRank, LowRank] | None = None
     """Pairs of other owners, and what is taken off them: their own starts (PiSSA, OLoRA)."""
+
+    @cached_property
+    def numbers(self) -> tuple[list[float], list[float], list[int]]:
+        """Scaling and dropout of each pair and the pair of each owner, as numbers."""
+        return self.scaling.tolist(), self.dropout.tolist(), self.pair_of_owner.tolist()
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -91,8 +98,12 @@ def add_low_rank_(
     Args:
         row_keys: what dropout depends on (ops/keyed.py); None switches dropout off, as in evaluation.
     """
-    index = [low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner, segments.offsets, segments.owners]
-    index += [] if row_keys is None else [row_keys]
+    index: _Index | list[Tensor]
+    if torch.compiler.is_compiling():  # to a compiler numbers would be constants
+        index = [low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner, segments.offsets, segments.owners]
+        index += [] if row_keys is None else [row_keys]
+    else:
+        index = _Index.of(low_rank, segments, row_keys)
     if low_rank.lora_A:
         y = _AddLowRank.apply(y, x, index, len(low_rank.lora_A), *low_rank.lora_A, *low_rank.lora_B)  # type: ignore[no-untyped-call]
     if low_rank.started is not None:  # two like products from zero differ in no bit while nothing is learned
@@ -105,28 +116,29 @@ class _AddLowRank(torch.autograd.Function):
     """With h = A (m x) kept: dh = s g B; dx = m (dh A); dA = dh^T (m x); dB = s g^T h, computed as (h^T g)^T."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, index: list[Tensor], pairs: int, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, index: _Index | list[Tensor], pairs: int, *weights: Tensor) -> Tensor:
         x = x.to(y.dtype)
-        h = torch.ops.onebase.low_rank_forward(y, x, weights[:pairs], weights[pairs:], index)
+        add: Any = _forward if isinstance(index, _Index) else torch.ops.onebase.low_rank_forward
+        h = add(y, x, weights[:pairs], weights[pairs:], index)
         ctx.mark_dirty(y)
-        ctx.pairs = pairs
-        ctx.save_for_backward(x, h, *weights, *index)
+        ctx.pairs, ctx.index = pairs, index if isinstance(index, _Index) else None
+        ctx.save_for_backward(x, h, *weights, *([] if isinstance(index, _Index) else index))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, *others = ctx.saved_tensors
-        lora_A, lora_B, index = others[: ctx.pairs], others[ctx.pairs : 2 * ctx.pairs], others[2 * ctx.pairs :]
+        lora_A, lora_B, tensors = others[: ctx.pairs], others[ctx.pairs : 2 * ctx.pairs], others[2 * ctx.pairs :]
         need_dx = ctx.needs_input_grad[1]
         need_dw = any(ctx.needs_input_grad[4:])
-        needs = [need_dx, need_dw]
-        dx, *grads = torch.ops.onebase.low_rank_backward(grad.contiguous(), x, h, lora_A, lora_B, index, needs)
+        of: Any = torch.ops.onebase.low_rank_backward if ctx.index is None else _backward
+        dx, *grads = of(grad.contiguous(), x, h, lora_A, lora_B, ctx.index or tensors, [need_dx, need_dw])
         return grad, dx if need_dx else None, None, None, *(grads if need_dw else [None] * len(grads))
 
 
 @dataclass(frozen=True)
 class _Index:
-    """The index tensors of one call, as numbers: which stretch of rows uses which pair, and how."""
+    """What a call needs beside rows and pairs: which stretch of rows uses which pair, and how."""
 
     stretches: list[tuple[int, int, int]]
     scaling: list[float]
@@ -134,13 +146,18 @@ class _Index:
     row_keys: Tensor | None
 
     @staticmethod
-    def of(index: Sequence[Tensor]) -> _Index:
-        """Return the numbers in (scaling, dropout, pair_of_owner, offsets, owners[, row_keys])."""
+    def of(low_rank: LowRank, segments: Segments, row_keys: Tensor | None) -> _Index:
+        """Return the index of a layer's pairs for a batch."""
+        scaling, dropout, lookup = low_rank.numbers
+        owned = ((start, end, _pair_of(owner, lookup)) for start, end, owner in segments)
+        return _Index([one for one in owned if one[2] != NO_OWNER], scaling, dropout, row_keys)
+
+    @staticmethod
+    def of_tensors(index: Sequence[Tensor]) -> _Index:
+        """Return the same from (scaling, dropout, pair_of_owner, offsets, owners[, row_keys])."""
         scaling, dropout, pair_of_owner, offsets, owners, *keys = index
-        lookup = pair_of_owner.tolist()
-        owned = ((start, end, _pair_of(owner, lookup)) for start, end, owner in spans(offsets, owners))
-        stretches = [(start, end, pair) for start, end, pair in owned if pair != NO_OWNER]
-        return _Index(stretches, scaling.tolist(), dropout.tolist(), keys[0] if keys else None)
+        low_rank = LowRank((), (), scaling, dropout, pair_of_owner)
+        return _Index.of(low_rank, Segments(offsets, owners), keys[0] if keys else None)
 
     def mask(self, start: int, end: int, pair: int, columns: int) -> Tensor | None:
         """Return which inputs of the rows the pair sees; None when all of them."""
@@ -154,16 +171,20 @@ class _Index:
 
 
 def _forward(
-    y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], index: Sequence[Tensor]
+    y: Tensor, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], index: _Index | Sequence[Tensor]
 ) -> Tensor:
     """Add the update to y and return h = A (m x), (rows, largest r); columns beyond a row's own r are not set."""
     h = x.new_empty(x.shape[0], max(A.shape[0] for A in lora_A))
-    numbers = _Index.of(index)
-    for start, end, pair in numbers.stretches:
-        A, B = lora_A[pair].to(y.dtype), lora_B[pair].to(y.dtype)
+    index = index if isinstance(index, _Index) else _Index.of_tensors(index)
+    for start, end, pair in index.stretches:
+        A, B, scaling = lora_A[pair].to(y.dtype), lora_B[pair].to(y.dtype), index.scaling[pair]
+        seen = index.dropped(x[start:end], start, end, pair)
+        if native.fits(y, x, A, B) and y.is_contiguous():
+            native.add_low_rank_(y[start:end], seen, A, B, scaling, h[start:end])
+            continue
         h_rows = h[start:end, : A.shape[0]]
-        torch.mm(numbers.dropped(x[start:end], start, end, pair), A.T, out=h_rows)
-        y[start:end].addmm_(h_rows, B.T, alpha=numbers.scaling[pair])
+        torch.mm(seen, A.T, out=h_rows)
+        y[start:end].addmm_(h_rows, B.T, alpha=scaling)
     return h
 
 
@@ -179,36 +200,50 @@ def _backward(
     h: Tensor,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
-    index: Sequence[Tensor],
+    index: _Index | Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Return [dx, dA of every pair, dB of every pair]; `needs` says whether dx, and whether the others are filled."""
     need_dx, need_dw = needs
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dx = x.new_empty(x.shape if need_dx else 0)  # contiguous, whatever x is
     dA: dict[int, Tensor] = {}
     dB: dict[int, Tensor] = {}
-    numbers, filled = _Index.of(index), 0
-    for start, end, pair in numbers.stretches:
-        A, B = lora_A[pair].to(grad.dtype), lora_B[pair].to(grad.dtype)
+    index, filled = index if isinstance(index, _Index) else _Index.of_tensors(index), 0
+    for start, end, pair in index.stretches:
+        A, B, scaling = lora_A[pair].to(grad.dtype), lora_B[pair].to(grad.dtype), index.scaling[pair]
         g, h_rows = grad[start:end], h[start:end, : A.shape[0]]
-        dh = (g @ B).mul_(numbers.scaling[pair])
-        if need_dw:
-            _add(dA, pair, dh.T @ numbers.dropped(x[start:end], start, end, pair))
-            _add(dB, pair, (h_rows.T @ g).mul_(numbers.scaling[pair]).T.contiguous())
+        seen = index.dropped(x[start:end], start, end, pair) if need_dw else x[start:end]
+        into = None
         if need_dx:
             dx[filled:start] = 0
-            torch.mm(dh, A, out=dx[start:end])
-            mask = numbers.mask(start, end, pair, x.shape[1])
-            if mask is not None:
-                dx[start:end].mul_(mask).div_(1 - numbers.dropout[pair])
-            filled = end
+            into, filled = dx[start:end], end
+        if native.fits(grad, x, A, B):
+            found = native.low_rank_gradient(g, seen, h_rows, A, B, scaling, into, need_weights=need_dw)
+        else:
+            found = _gradient(g, seen, h_rows, A, B, scaling, into, need_weights=need_dw)
+        if found is not None:
+            _add(dA, pair, found[0])
+            _add(dB, pair, found[1])
+        mask = None if into is None else index.mask(start, end, pair, x.shape[1])
+        if into is not None and mask is not None:
+            into.mul_(mask).div_(1 - index.dropout[pair])
     if need_dx:
         dx[filled:] = 0
-    found = [(dA, lora_A), (dB, lora_B)]
+    both = ((dA, lora_A), (dB, lora_B))
     return [
         dx,
-        *(sums[i].to(w.dtype) if i in sums else torch.zeros_like(w) for sums, ws in found for i, w in enumerate(ws)),
+        *(sums[i].to(w.dtype) if i in sums else torch.zeros_like(w) for sums, ws in both for i, w in enumerate(ws)),
     ]
+
+
+def _gradient(
+    grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scaling: float, dx: Tensor | None, *, need_weights: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Write dx of one pair's rows if it is wanted, and return dA and dB if they are."""
+    dh = (grad @ B).mul_(scaling)
+    if dx is not None:
+        torch.mm(dh, A, out=dx)
+    return (dh.T @ x, (h.T @ grad).mul_(scaling).T.contiguous()) if need_weights else None
 
 
 def _add(sums: dict[int, Tensor], pair: int, gradient: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The passes of kernels.c on tensors: contiguous fp32 on the CPU, each one read and one write of memory.
+"""The passes of kernels.c and low_rank.c on tensors: contiguous fp32 on the CPU, each one read and one write of memory.
 
 base/kernels.py compiles them and calls `use` once a process; until then, and for other tensors, `fits` says no and callers
 run what torch offers. Nothing here knows autograd. A call takes 3 us beyond its work.
@@ -23,7 +23,11 @@ _ARGUMENTS = {
     "scale_products": [_INTEGER, _INTEGER, *[_POINTER] * 5],
     "softmax_gradient": [_INTEGER, _INTEGER, _FLOAT, *[_POINTER] * 4],
     "rotate": [*[_INTEGER] * 4, *[_POINTER] * 4],
+    "low_rank_forward": [*[_INTEGER] * 5, _FLOAT, *[_POINTER] * 6],
+    "low_rank_backward": [*[_INTEGER] * 5, _FLOAT, *[_POINTER] * 9],
 }
+
+_BLOCK = 32  # rows of one at a time in low_rank.c
 
 
 class _Process:
@@ -117,6 +121,42 @@ def softmax_gradient_(logits: Tensor, weights: Tensor, floor: float) -> tuple[Te
     return largest, totals
 
 
+def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, h: Tensor) -> None:
+    """Add scaling h B^T to contiguous y (rows, out), with h = x A^T written into the first r columns of h (rows, any)."""
+    rows, size, (out, r) = len(x), x.shape[1], B.shape
+    scratch = x.new_empty(r * out)
+    _call(
+        "low_rank_forward",
+        rows,
+        size,
+        out,
+        r,
+        h.stride(0),
+        scaling,
+        x.contiguous(),
+        A.contiguous(),
+        B.contiguous(),
+        scratch,
+        h.data_ptr(),
+        y,
+    )
+
+
+def low_rank_gradient(
+    grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scaling: float, dx: Tensor | None, *, need_weights: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Write dx of `add_low_rank_` if it is wanted, and return dA and dB if they are."""
+    rows, size, (out, r) = len(x), x.shape[1], B.shape
+    scratch = x.new_empty(r * (out + torch.get_num_threads() * (size + out + _BLOCK)))
+    found = (A.new_empty(A.shape), B.new_empty(B.shape)) if need_weights else None
+    numbers = (rows, size, out, r, h.stride(0), scaling)
+    rows_of = (grad.contiguous(), x.contiguous(), h.data_ptr())
+    _call(
+        "low_rank_backward", *numbers, *rows_of, A.contiguous(), B.contiguous(), scratch, dx, *(found or (None, None))
+    )
+    return found
+
+
 def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
 
@@ -131,5 +171,10 @@ def _columns(numbers: Tensor | None, rows: Tensor) -> Tensor | None:
 def _call(name: str, *arguments: Any) -> None:
     """Call a kernel; `arguments` holds the tensors, made for the call or not, until it is over."""
     assert _Process.library is not None
-    assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
-    getattr(_Process.library, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    given = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            assert argument.is_contiguous(), name
+            argument = argument.data_ptr()
+        given.append(argument)
+    getattr(_Process.library, name)(*given)

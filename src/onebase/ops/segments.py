@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Int64
@@ -56,7 +57,13 @@ class Segments:
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """Yield (first row, row after the last, owner) of every segment that has rows."""
-        yield from spans(self.offsets, self.owners)
+        return iter(self._spans)
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int, int]]:
+        bounds = self.offsets.tolist()
+        spans = zip(bounds[:-1], bounds[1:], self.owners.tolist(), strict=True)
+        return [(start, end, owner) for start, end, owner in spans if end > start]
 
 
 def bucket_of(count: int) -> int:
@@ -65,11 +72,3 @@ def bucket_of(count: int) -> int:
     while size < count:
         size *= 2
     return size
-
-
-def spans(offsets: Tensor, owners: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, row after the last, owner) of every segment that has rows."""
-    bounds = offsets.tolist()
-    for start, end, owner in zip(bounds[:-1], bounds[1:], owners.tolist(), strict=True):
-        if end > start:
-            yield start, end, owner
