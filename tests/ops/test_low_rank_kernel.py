@@ -1,5 +1,7 @@
 """The compiled low-rank update equals the reference in fp64, row by row, and keeps what is not finite where it is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,8 +38,8 @@ def pairs_of(ranks, size, out, dropout=0.0):
 
 
 def wide(low_rank):
-    double = [tuple(w.detach().double().requires_grad_() for w in ws) for ws in (low_rank.lora_A, low_rank.lora_B)]
-    return LowRank(*double, low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner)
+    pairs = [tuple(w.detach().double().requires_grad_() for w in ws) for ws in (low_rank.lora_A, low_rank.lora_B)]
+    return replace(low_rank, lora_A=pairs[0], lora_B=pairs[1])
 
 
 def results(function, y, x, low_rank, segments, keys=None):
@@ -108,10 +110,8 @@ def test_what_is_not_finite_stays_in_its_row_and_with_its_pair(bad):
 
 def test_weights_that_need_no_gradient_get_none_and_rows_that_need_none_neither():
     low_rank = pairs_of([4], 33, 65)
-    frozen = LowRank(
-        *(tuple(w.detach() for w in ws) for ws in (low_rank.lora_A, low_rank.lora_B)),
-        low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner,
-    )  # fmt: skip
+    pairs = [tuple(w.detach() for w in ws) for ws in (low_rank.lora_A, low_rank.lora_B)]
+    frozen = replace(low_rank, lora_A=pairs[0], lora_B=pairs[1])
     segments, x, y = Segments.of([9], [0]), numbers(9, 33), numbers(9, 65, seed=1)
     leaf = x.clone().requires_grad_()
     (dx,) = torch.autograd.grad(add_low_rank_(y.clone(), leaf, frozen, segments).sum(), [leaf])
@@ -124,10 +124,10 @@ def test_weights_that_need_no_gradient_get_none_and_rows_that_need_none_neither(
 def test_however_the_tensors_lie():
     """Transposed rows, pairs and gradients give what contiguous ones give."""
     low_rank, segments = pairs_of([4], 33, 65), Segments.of([9], [0])
-    turned = LowRank(
-        *(tuple(w.detach().T.contiguous().T.requires_grad_() for w in ws) for ws in (low_rank.lora_A, low_rank.lora_B)),
-        low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner,
-    )  # fmt: skip
+    pairs = [tuple(w.detach().T.contiguous().T for w in ws) for ws in (low_rank.lora_A, low_rank.lora_B)]
+    turned = replace(low_rank, lora_A=pairs[0], lora_B=pairs[1])
+    for weight in turned.weights:
+        weight.requires_grad_()
     x, y = numbers(9, 33), numbers(9, 65, seed=1)
     plain = results(add_low_rank_, y, x, low_rank, segments)
     for one, other in zip(results(add_low_rank_, y, x.T.contiguous().T, turned, segments), plain, strict=True):
@@ -137,6 +137,6 @@ def test_however_the_tensors_lie():
 def test_it_is_what_runs(monkeypatch):
     """Else the tests above would hold torch against torch."""
     called = []
-    monkeypatch.setattr(native, "_call", lambda name, *_: called.append(name))
+    monkeypatch.setattr(native, "_call", lambda name, *_, **__: called.append(name))
     results(add_low_rank_, numbers(3, 4), numbers(3, 5), pairs_of([2], 4, 5), Segments.of([3], [0]))
     assert called == ["low_rank_forward", "low_rank_backward"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 _INTEGER, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 _ARGUMENTS = {
@@ -124,22 +125,10 @@ def softmax_gradient_(logits: Tensor, weights: Tensor, floor: float) -> tuple[Te
 def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, h: Tensor) -> None:
     """Add scaling h B^T to contiguous y (rows, out), with h = x A^T written into the first r columns of h (rows, any)."""
     rows, size, (out, r) = len(x), x.shape[1], B.shape
+    sizes = (rows, size, out, r, h.stride(0))
+    inputs = (x.contiguous(), A.contiguous(), B.contiguous())
     scratch = x.new_empty(r * out)
-    _call(
-        "low_rank_forward",
-        rows,
-        size,
-        out,
-        r,
-        h.stride(0),
-        scaling,
-        x.contiguous(),
-        A.contiguous(),
-        B.contiguous(),
-        scratch,
-        h.data_ptr(),
-        y,
-    )
+    _call("low_rank_forward", *sizes, scaling, *inputs, scratch, h.data_ptr(), y, flop=2 * rows * r * (size + out))
 
 
 def low_rank_gradient(
@@ -147,13 +136,13 @@ def low_rank_gradient(
 ) -> tuple[Tensor, Tensor] | None:
     """Write dx of `add_low_rank_` if it is wanted, and return dA and dB if they are."""
     rows, size, (out, r) = len(x), x.shape[1], B.shape
+    sizes = (rows, size, out, r, h.stride(0))
+    inputs = (grad.contiguous(), x.contiguous(), h.data_ptr(), A.contiguous(), B.contiguous())
     scratch = x.new_empty(r * (out + torch.get_num_threads() * (size + out + _BLOCK)))
     found = (A.new_empty(A.shape), B.new_empty(B.shape)) if need_weights else None
-    numbers = (rows, size, out, r, h.stride(0), scaling)
-    rows_of = (grad.contiguous(), x.contiguous(), h.data_ptr())
-    _call(
-        "low_rank_backward", *numbers, *rows_of, A.contiguous(), B.contiguous(), scratch, dx, *(found or (None, None))
-    )
+    columns = out + size * (dx is not None) + (size + out) * need_weights
+    written = (scratch, dx, *(found or (None, None)))
+    _call("low_rank_backward", *sizes, scaling, *inputs, *written, flop=2 * rows * r * columns)
     return found
 
 
@@ -168,8 +157,11 @@ def _columns(numbers: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if numbers is None else numbers.contiguous()
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Call a kernel; `arguments` holds the tensors, made for the call or not, until it is over."""
+def _call(name: str, *arguments: Any, flop: int = 0) -> None:
+    """Call a kernel; `arguments` holds the tensors, made for the call or not, until it is over.
+
+    Under torch's profiler the call is an event, with the floating-point operations of its products in its name.
+    """
     assert _Process.library is not None
     given = []
     for argument in arguments:
@@ -177,4 +169,9 @@ def _call(name: str, *arguments: Any) -> None:
             assert argument.is_contiguous(), name
             argument = argument.data_ptr()
         given.append(argument)
-    getattr(_Process.library, name)(*given)
+    function = getattr(_Process.library, name)
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        with record_function(f"onebase::{name}" + f" {flop} FLOP" * (flop > 0)):
+            function(*given)
+    else:
+        function(*given)

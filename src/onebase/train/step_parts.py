@@ -10,6 +10,7 @@ is left of a step is time in which no operation ran.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ _NAMED = {
 }
 # Matrix products, and which of their inputs are the two factors.
 _FACTORS = {"aten::mm": 0, "aten::_int_mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1}
+_COMPILED = re.compile(r"^onebase::\w+ (\d+) FLOP$")  # as ops/native.py names its calls
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,9 @@ def _kernels(event: Any) -> float:
 
 def _flop(event: Any) -> int:
     """Return the operations of a matrix product, a multiply-add being two; 0 for all else, and for one inside of another."""
+    compiled = _COMPILED.search(event.name)
+    if compiled:
+        return int(compiled[1])
     at = _FACTORS.get(event.name)
     if at is None or (event.cpu_parent is not None and event.cpu_parent.name in _FACTORS):
         return 0
