@@ -178,13 +178,14 @@ def _forward(
     index = index if isinstance(index, _Index) else _Index.of_tensors(index)
     for start, end, pair in index.stretches:
         A, B, scaling = lora_A[pair].to(y.dtype), lora_B[pair].to(y.dtype), index.scaling[pair]
-        seen = index.dropped(x[start:end], start, end, pair)
+        seen = index.dropped(_cut(x, start, end), start, end, pair)
+        y_rows, h_rows = _cut(y, start, end), _cut(h, start, end)
         if native.fits(y, x, A, B) and y.is_contiguous():
-            native.add_low_rank_(y[start:end], seen, A, B, scaling, h[start:end])
+            native.add_low_rank_(y_rows, seen, A, B, scaling, h_rows)
             continue
-        h_rows = h[start:end, : A.shape[0]]
+        h_rows = h_rows[:, : A.shape[0]]
         torch.mm(seen, A.T, out=h_rows)
-        y[start:end].addmm_(h_rows, B.T, alpha=scaling)
+        y_rows.addmm_(h_rows, B.T, alpha=scaling)
     return h
 
 
@@ -205,30 +206,24 @@ def _backward(
 ) -> list[Tensor]:
     """Return [dx, dA of every pair, dB of every pair]; `needs` says whether dx, and whether the others are filled."""
     need_dx, need_dw = needs
-    dx = x.new_empty(x.shape if need_dx else 0)  # contiguous, whatever x is
     dA: dict[int, Tensor] = {}
     dB: dict[int, Tensor] = {}
-    index, filled = index if isinstance(index, _Index) else _Index.of_tensors(index), 0
+    index = index if isinstance(index, _Index) else _Index.of_tensors(index)
+    filled = sum(end - start for start, end, _ in index.stretches) == len(x)
+    dx = (x.new_empty if filled else x.new_zeros)(x.shape if need_dx else 0)  # contiguous, whatever x is
     for start, end, pair in index.stretches:
         A, B, scaling = lora_A[pair].to(grad.dtype), lora_B[pair].to(grad.dtype), index.scaling[pair]
-        g, h_rows = grad[start:end], h[start:end, : A.shape[0]]
-        seen = index.dropped(x[start:end], start, end, pair) if need_dw else x[start:end]
-        into = None
-        if need_dx:
-            dx[filled:start] = 0
-            into, filled = dx[start:end], end
-        if native.fits(grad, x, A, B):
-            found = native.low_rank_gradient(g, seen, h_rows, A, B, scaling, into, need_weights=need_dw)
-        else:
-            found = _gradient(g, seen, h_rows, A, B, scaling, into, need_weights=need_dw)
+        g, seen, h_rows = (_cut(rows, start, end) for rows in (grad, x, h))
+        seen = index.dropped(seen, start, end, pair) if need_dw else seen
+        into = _cut(dx, start, end) if need_dx else None
+        gradient = native.low_rank_gradient if native.fits(grad, x, A, B) else _gradient
+        found = gradient(g, seen, h_rows, A, B, scaling, into, need_weights=need_dw)
         if found is not None:
             _add(dA, pair, found[0])
             _add(dB, pair, found[1])
         mask = None if into is None else index.mask(start, end, pair, x.shape[1])
         if into is not None and mask is not None:
             into.mul_(mask).div_(1 - index.dropout[pair])
-    if need_dx:
-        dx[filled:] = 0
     both = ((dA, lora_A), (dB, lora_B))
     return [
         dx,
@@ -240,10 +235,15 @@ def _gradient(
     grad: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scaling: float, dx: Tensor | None, *, need_weights: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Write dx of one pair's rows if it is wanted, and return dA and dB if they are."""
-    dh = (grad @ B).mul_(scaling)
+    dh, h = (grad @ B).mul_(scaling), h[:, : A.shape[0]]
     if dx is not None:
         torch.mm(dh, A, out=dx)
     return (dh.T @ x, (h.T @ grad).mul_(scaling).T.contiguous()) if need_weights else None
+
+
+def _cut(rows: Tensor, start: int, end: int) -> Tensor:
+    """Return some of the rows; to return all of them costs nothing."""
+    return rows if end - start == len(rows) else rows[start:end]
 
 
 def _add(sums: dict[int, Tensor], pair: int, gradient: Tensor) -> None:
