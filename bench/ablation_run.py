@@ -33,7 +33,7 @@ from onebase.base.route import RowSpace
 from onebase.config.settings import DataSettings, TrainSettings
 from onebase.data.batches import FlatBatch
 from onebase.measure import forward
-from onebase.ops import attention, elementwise, loss, low_rank, rows
+from onebase.ops import attention, elementwise, loss, low_rank, native, rows
 from onebase.ops.attention import AttentionRule
 from onebase.ops.layout import Layout
 from onebase.ops.loss import HeadRecord, RowLosses
@@ -174,12 +174,18 @@ def attention_by_loop(query: Tensor, key: Tensor, value: Tensor, layout: Layout,
     return attention.reference(query, key, value, layout, rule)
 
 
-def _rows_by_indexing(_: Member) -> None:
+def _attention_by_slots(_: Member) -> None:
+    _put("fits_attention", lambda *_: False, native)
+
+
+def _rows_by_indexing(learner: Member) -> None:
+    _attention_by_slots(learner)
     _put("slots_of", rows.reference_slots, attention)
     _put("rows_of_slots", rows.reference_rows, attention)
 
 
-def _masks_in_every_layer(_: Member) -> None:
+def _masks_in_every_layer(learner: Member) -> None:
+    _attention_by_slots(learner)
     Layout.once = lambda self, key, make: make()  # type: ignore[method-assign]
 
 
@@ -204,9 +210,14 @@ VARIANTS = {
     "labels": Variant("logits of labelled tokens", "of all tokens, by autograd", _every_logit),
     "chunks": Variant("logits in chunks, gradient in closed form", "at once, by autograd", _logits_at_once),
     "low-rank": Variant("the update in place, as one operation", "x A^T B^T s by autograd", _low_rank_by_autograd),
-    "attention": Variant("torch's attention on groups of one width", "a loop, softmax by autograd", _attention_by_loop),
-    "rows": Variant("whole rows moved by one index each way", "indexing by autograd", _rows_by_indexing),
-    "masks": Variant("masks made once a batch", "in every layer", _masks_in_every_layer, ("short",)),
+    "compiled": Variant("attention compiled, nothing padded", "padded slots, torch's attention", _attention_by_slots),
+    "attention": Variant(
+        "torch's attention on groups of one width", "a loop, softmax by autograd", _attention_by_loop, beside="compiled"
+    ),
+    "rows": Variant(
+        "whole rows moved by one index each way", "indexing by autograd", _rows_by_indexing, beside="compiled"
+    ),
+    "masks": Variant("masks made once a batch", "in every layer", _masks_in_every_layer, ("short",), beside="compiled"),
     "optimiser": Variant("AdamW fused over all tensors", "tensor by tensor", _tensors_one_by_one, ("short",)),
     "threads": Variant("torch's choice of threads", "one thread", _one_thread, ("short",)),
 }

@@ -98,14 +98,15 @@ def test_every_operation_goes_to_the_part_that_it_is_of(shop: Workshop) -> None:
     for event in events:
         where.setdefault(event.name, set()).add(step_parts.part_of(event, makers))
     forward, backward = ["aten::silu"], ["aten::silu_backward", "RsqrtBackward0"]
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    attend, attend_back = [flash], [f"{flash}_backward", "_SlotsBackward", "_RowsBackward"]
     if native.in_use():
         forward, backward = ["_SwiGlu", "_RmsNorm"], ["_SwiGluBackward", "_RmsNormBackward"]
+        attend, attend_back = ["_Attention"], ["_AttentionBackward"]
     only = {
         "aten::embedding": (step_parts.EMBEDDING, "forward"),
-        "aten::_scaled_dot_product_flash_attention_for_cpu": (ATTENTION, "forward"),
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (ATTENTION, "backward"),
-        "_SlotsBackward": (ATTENTION, "backward"),
-        "_RowsBackward": (ATTENTION, "backward"),
+        **dict.fromkeys(attend, (ATTENTION, "forward")),
+        **dict.fromkeys(attend_back, (ATTENTION, "backward")),
         "MmBackward0": (FROZEN, "backward"),
         "_AddLowRank": (ADAPTER, "forward"),
         "_AddLowRankBackward": (ADAPTER, "backward"),

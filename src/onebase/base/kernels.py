@@ -1,4 +1,4 @@
-"""Compiling the C sources of ops/ for the processor at hand: once a machine, half a second, kept in the cache folder.
+"""Compiling the C sources of ops/ for the processor at hand: once a machine, two seconds, kept in the cache folder.
 
 They are files of loops without headers of torch or Python, so any C compiler of this system does and no version of torch is bound.
 It runs on torch's own OpenMP threads: the library names no runtime of its own, and its calls are bound to the one that
@@ -22,7 +22,11 @@ from onebase.base.cache import build_once, home
 from onebase.errors import CapacityError, ModelError
 from onebase.ops import native
 
-_SOURCES = {"kernels.c": "-ffp-contract=off", "low_rank.c": "-ffp-contract=fast"}  # why: in their first lines
+_SOURCES = {
+    "kernels.c": "-ffp-contract=off",
+    "low_rank.c": "-ffp-contract=fast",
+    "attention.c": "-ffp-contract=off",
+}  # why: in their first lines
 _NAME, _HASH = "kernels.so", "kernels.sha256"
 _COMPILE = (
     "-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC",
@@ -100,7 +104,7 @@ def _run(words: list[str]) -> str:
 
 
 def _folder(compiler: list[str]) -> Path:
-    """Return where the library for this source, compiler and processor lies: a cache may be shared by machines."""
+    """Return where the library for these sources, compiler and processor lies: a cache may be shared by machines."""
     said = _run([*compiler, "--version"])
     sources = [
         part for name, rounding in _SOURCES.items() for part in (_path(name).read_text(encoding="utf-8"), rounding)

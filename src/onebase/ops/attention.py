@@ -1,22 +1,29 @@
 """Attention over a flat batch: every token attends within its own example and the prefixes it shares.
 
-`reference` is the meaning, a loop over nodes with the softmax written out. `flat_attention` is what runs: tokens are
-moved into the layout's slots (one copy of whole rows, those of a prefix to every example behind it), each group is one
-call of torch's scaled_dot_product_attention, and the result is moved back. A causal group without ancestors
-needs no mask: its padding lies after every real token. Registered with the model by base/flat.py.
+`reference` is the meaning, a loop over nodes with the softmax written out. `flat_attention` is what runs. In fp32 on a CPU
+that is attention.c: queries, keys and values are read where the model's layers left them, nothing is padded, and forward
+and backward are one call each. Elsewhere, and with a soft cap, tokens are moved into the layout's slots (one copy of
+whole rows, those of a prefix to every example behind it), each group is one call of torch's scaled_dot_product_attention,
+and the result is moved back. A causal group without ancestors needs no mask there: its padding lies after every real
+token. Registered with the model by base/flat.py.
+
+Source: FlashAttention-2, arXiv:2307.08691 sec. 3.1; online softmax, arXiv:1805.02867.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from onebase.ops import native
 from onebase.ops.layout import Group, Layout
+from onebase.ops.pieces import pieces_of
 from onebase.ops.rows import rows_of_slots, slots_of
 
 
@@ -61,8 +68,23 @@ def flat_attention(
     rule: AttentionRule,
 ) -> Float[Tensor, "tokens heads dim_v"]:
     """Return every token's attention over its own example; equal to `reference`."""
-    q = slots_of(query.transpose(0, 1), layout, ancestors=False)
-    k, v = (slots_of(part.transpose(0, 1), layout, ancestors=True) for part in (key, value))
+    query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+    if rule.soft_cap is None and native.fits_attention(query, key, value):
+        out: Tensor = _Attention.apply(query, key, value, layout, rule)  # type: ignore[no-untyped-call]
+        return out
+    return slot_attention(query, key, value, layout, rule)
+
+
+def slot_attention(
+    query: Float[Tensor, "tokens heads dim"],
+    key: Float[Tensor, "tokens kv_heads dim"],
+    value: Float[Tensor, "tokens kv_heads dim_v"],
+    layout: Layout,
+    rule: AttentionRule,
+) -> Float[Tensor, "tokens heads dim_v"]:
+    """Return what `flat_attention` does, by padded slots and torch's own attention."""
+    q = slots_of(query, layout, ancestors=False)
+    k, v = (slots_of(part, layout, ancestors=True) for part in (key, value))
     outputs = []
     for number, group in enumerate(layout.groups):
         plain = rule.causal and group.ancestors is None and (rule.window is None or group.width <= rule.window)
@@ -101,6 +123,24 @@ def masked_attention(
     scores = at_least_fp32(scores)
     scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     return (F.dropout(torch.softmax(scores, -1), dropout).to(value.dtype) @ value).transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    """attention.c on (tokens, heads, size); kept are the inputs, the output and two numbers a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: AttentionRule) -> Tensor:
+        pieces = layout.once(("pieces", rule.causal), partial(pieces_of, layout, causal=rule.causal))
+        kinds: dict[str, Any] = {"causal": rule.causal, "window": rule.window, "scale": _scale(query, rule)}
+        out, softmax = native.attention((query, key, value), pieces, **kinds)
+        ctx.pieces, ctx.kinds = pieces, kinds
+        ctx.save_for_backward(query, key, value, out, softmax)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *native.attention_gradient(grad, ctx.saved_tensors, ctx.pieces, **ctx.kinds), None, None
 
 
 def _group_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:

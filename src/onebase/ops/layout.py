@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -23,6 +24,8 @@ from torch import Tensor
 from onebase.ops.keyed import mix, position_keys
 
 NO_PARENT = -1
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Layout:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = tuple(nodes)
-        self._made: dict[Hashable, Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
         if not self.nodes:
             raise ValueError("a layout has at least one node")
         for index, node in enumerate(self.nodes):
@@ -82,11 +85,12 @@ class Layout:
             if not 0 <= node.virtual <= node.length:
                 raise ValueError(f"node {index}: {node.virtual} of its {node.length} tokens cannot be virtual")
 
-    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what was made for this key the first time it was asked for: masks and index tensors on a device."""
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]
+        made: Made = self._made[key]
+        return made
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

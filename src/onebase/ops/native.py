@@ -1,4 +1,4 @@
-"""The passes of kernels.c and low_rank.c on tensors: contiguous fp32 on the CPU, each one read and one write of memory.
+"""The passes of kernels.c, low_rank.c and attention.c on tensors: fp32 on the CPU, contiguous but for attention's.
 
 base/kernels.py compiles them and calls `use` once a process; until then, and for other tensors, `fits` says no and callers
 run what torch offers. Nothing here knows autograd. A call takes 3 us beyond its work.
@@ -7,12 +7,15 @@ run what torch offers. Nothing here knows autograd. A call takes 3 us beyond its
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
+
+from onebase.ops.pieces import Pieces
 
 _INTEGER, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 _ARGUMENTS = {
@@ -26,9 +29,30 @@ _ARGUMENTS = {
     "rotate": [*[_INTEGER] * 4, *[_POINTER] * 4],
     "low_rank_forward": [*[_INTEGER] * 5, _FLOAT, *[_POINTER] * 6],
     "low_rank_backward": [*[_INTEGER] * 5, _FLOAT, *[_POINTER] * 9],
+    "attention": [_INTEGER, *[_POINTER] * 7],
+    "attention_gradient": [_INTEGER, *[_POINTER] * 5],
 }
-
 _BLOCK = 32  # rows of one at a time in low_rank.c
+_MOST_NUMBERS, _MOST_HEADS = 256, 192  # of a head, of a group that shares a key head: WIDEST and ROWS of attention.c
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (("at", _POINTER), ("token", _INTEGER), ("head", _INTEGER), ("size", _INTEGER))
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, _INTEGER) for name in ("heads", "kv_heads", "causal", "window")),
+        ("scale", _FLOAT),
+        *((name, _Rows) for name in ("q", "k", "v")),
+    )
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("q", "k", "v", "k_before", "v_before", "peaks", "inverses")),
+        *((name, _Rows) for name in ("out", "grad")),
+    )
 
 
 class _Process:
@@ -110,6 +134,58 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     y = _empty(x)
     _call("rotate", *x.shape, int(back), x.contiguous(), cos.contiguous(), sin.contiguous(), y)
     return y
+
+
+def fits_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether `attention` takes these (tokens, heads, size) numbers."""
+    group, rest = divmod(query.shape[1], key.shape[1])
+    sizes = (query.shape[2], value.shape[2])
+    return fits(query, key, value) and rest == 0 and group <= _MOST_HEADS and max(sizes) <= _MOST_NUMBERS
+
+
+def attention(
+    parts: Sequence[Tensor], pieces: Pieces, *, causal: bool, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the attention of (tokens, heads, size) queries, keys and values, and what its gradient needs of the softmax."""
+    query, _, value = parts = [_dense_rows(part) for part in parts]
+    out = query.new_empty(*query.shape[:2], value.shape[2])
+    peaks_and_inverses = query.new_empty(2, *query.shape[:2])
+    call = _attention_call(parts, causal, window, scale)
+    _call("attention", *_tables(pieces), ctypes.byref(call), out, *peaks_and_inverses)
+    return out, peaks_and_inverses
+
+
+def attention_gradient(
+    grad: Tensor, kept: Sequence[Tensor], pieces: Pieces, *, causal: bool, window: int | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d query, d key and d value; `kept` holds these three and what `attention` returned."""
+    grad, *parts = (_dense_rows(part) for part in (grad, *kept[:3]))
+    out, peaks_and_inverses = kept[3:]
+    found = tuple(_empty(part) for part in parts)
+    apart = [part.new_empty(max(pieces.apart, 1), *part.shape[1:]) for part in parts[1:]]  # attention.c fills it
+    call = _attention_call(parts, causal, window, scale)
+    numbers = [part.data_ptr() for part in (*found, *apart, *peaks_and_inverses)]
+    gradients = _Gradients(*numbers, _rows(out), _rows(grad))
+    _call("attention_gradient", *_tables(pieces), ctypes.byref(call), ctypes.byref(gradients))
+    return found  # type: ignore[return-value]
+
+
+def _attention_call(parts: Sequence[Tensor], causal: bool, window: int | None, scale: float) -> _Attention:
+    heads = (parts[0].shape[1], parts[1].shape[1])
+    return _Attention(*heads, int(causal), window or 0, scale, *(_rows(part) for part in parts))
+
+
+def _tables(pieces: Pieces) -> tuple[int, Tensor, Tensor, Tensor]:
+    return len(pieces.tasks), pieces.tasks, pieces.pieces, pieces.ancestors
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """Return the numbers with those of a head beside each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor) -> _Rows:
+    return _Rows(x.data_ptr(), x.stride(0), x.stride(1), x.shape[2])
 
 
 def softmax_gradient_(logits: Tensor, weights: Tensor, floor: float) -> tuple[Tensor, Tensor]:

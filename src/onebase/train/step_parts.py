@@ -39,6 +39,7 @@ _MARK = "onebase: part "
 _BACKWARD = "autograd::engine::evaluate_function: "
 # What an operation that no range tells apart from the rest of the model is for.
 _NAMED = {
+    "_Attention": ATTENTION,
     "_Slots": ATTENTION,
     "_Rows": ATTENTION,
     "aten::scaled_dot_product_attention": ATTENTION,
