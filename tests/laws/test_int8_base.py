@@ -98,7 +98,7 @@ def test_a_fresh_adapter_changes_no_bit_and_recomputed_activations_give_the_same
 
 def test_what_would_train_the_integers_is_refused_and_what_reads_the_weight_is_not():
     base = int8_base()
-    with pytest.raises(TargetError, match="quantise"):
+    with pytest.raises(TargetError, match="held in fewer bits"):
         Bank(base).add("full", Full())
     bank = Bank(base)
     several: list[AdapterSettings] = [Lora(r=3, use_dora=True), Lora(r=3, init_lora_weights="pissa"), Ia3()]
