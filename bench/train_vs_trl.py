@@ -68,7 +68,7 @@ class Workload:
 WORKLOADS = {
     "short": Workload("chat", batch_size=16, steps=20),
     "long": Workload("text", batch_size=4, steps=6, max_length=1024),
-    "mixed": Workload("text", batch_size=16, steps=8, max_length=1024),
+    "mixed": Workload("text", batch_size=4, steps=12, max_length=1024),  # of 16 such rows TRL needs more than 24 GB
     "classes": Workload("classify", batch_size=16, steps=60, learning_rate=1e-3, model="minilm-l6-v2"),
 }
 
