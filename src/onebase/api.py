@@ -39,7 +39,8 @@ from onebase.files.peft_format import read_adapter
 from onebase.files.result import Result
 from onebase.measure.evaluate import Scores
 from onebase.measure.judge import TaskScores, score
-from onebase.train import opening, run, saving
+from onebase.train import job as jobs
+from onebase.train import opening, saving
 from onebase.train.data import TrainingData, load_rows
 from onebase.train.progress import Progress, Quiet
 from onebase.train.stop import StopRequest
@@ -197,11 +198,11 @@ def _train_one(bank: Bank, name: str, job: Job, progress: Progress) -> Result:
     valid = None if job.valid is None else load_rows(job.valid, job.reading, job.task, base, virtual)
     bank.remember(name, job.reading, job.task)
     held_out = None if valid is None else valid.examples
-    whole = run.Job(bank.routed, bank.adapters[name], rows.examples, held_out, job.settings, job.reading.shuffle)
-    member = run.start(whole, None, None, progress)
-    run.train_member(whole, member, None, progress, StopRequest())
+    whole = jobs.Job(bank.routed, bank.adapters[name], rows.examples, held_out, job.settings, job.reading.shuffle)
+    member = jobs.start(whole, None, None, progress)
+    jobs.train_member(whole, member, None, progress, StopRequest())
     bank.remember(name, job.reading, job.task, saving.learned_by(member, TrainingData(rows, valid)))
-    return run.result_of(whole, member, adapter_bytes=4 * member.adapter.parameter_count)
+    return jobs.result_of(whole, member, adapter_bytes=4 * member.adapter.parameter_count)
 
 
 def evaluate(bank: Bank, name: str | None, rows: Rows) -> Scores | TaskScores:

@@ -15,9 +15,10 @@ from onebase.errors import ConfigError
 from onebase.measure.forward import batches_of
 from onebase.ops import native
 from onebase.train import step_parts
+from onebase.train.job import start
 from onebase.train.profiling import PROFILE_NAME, TRACE_NAME, profile_run
 from onebase.train.progress import Quiet
-from onebase.train.run import prepare, start
+from onebase.train.run import prepare
 from onebase.train.step_parts import ADAPTER, ATTENTION, ELEMENTWISE, FROZEN, HEAD, PARTS, REST, STEP, marked, split
 from tests.train import runs
 from tests.train.runs import Watching, Workshop

@@ -100,12 +100,16 @@ def add_low_rank_(
     """
     index: _Index | list[Tensor]
     if torch.compiler.is_compiling():  # to a compiler numbers would be constants
-        index = [low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner, segments.offsets, segments.owners]
+        index, used = (
+            [low_rank.scaling, low_rank.dropout, low_rank.pair_of_owner, segments.offsets, segments.owners],
+            None,
+        )
         index += [] if row_keys is None else [row_keys]
     else:
-        index = _Index.of(low_rank, segments, row_keys)
-    if low_rank.lora_A:
-        y = _AddLowRank.apply(y, x, index, len(low_rank.lora_A), *low_rank.lora_A, *low_rank.lora_B)  # type: ignore[no-untyped-call]
+        index, used = _Index.of(low_rank, segments, row_keys)
+    if used is None or used:  # of forty adapters those that have rows here take part
+        ABs = [pairs if used is None else [pairs[i] for i in used] for pairs in (low_rank.lora_A, low_rank.lora_B)]
+        y = _AddLowRank.apply(y, x, index, len(ABs[0]), *ABs[0], *ABs[1])  # type: ignore[no-untyped-call]
     if low_rank.started is not None:  # two like products from zero differ in no bit while nothing is learned
         now, first = (add_low_rank_(torch.zeros_like(y), x, pairs, segments, row_keys) for pairs in low_rank.started)
         y = y + (now - first)
@@ -146,18 +150,23 @@ class _Index:
     row_keys: Tensor | None
 
     @staticmethod
-    def of(low_rank: LowRank, segments: Segments, row_keys: Tensor | None) -> _Index:
-        """Return the index of a layer's pairs for a batch."""
+    def of(low_rank: LowRank, segments: Segments, row_keys: Tensor | None) -> tuple[_Index, list[int]]:
+        """Return the index of a batch and the numbers of the layer's pairs that have rows in it, which it counts from 0."""
         scaling, dropout, lookup = low_rank.numbers
-        owned = ((start, end, _pair_of(owner, lookup)) for start, end, owner in segments)
-        return _Index([one for one in owned if one[2] != NO_OWNER], scaling, dropout, row_keys)
+        owned = [(start, end, _pair_of(owner, lookup)) for start, end, owner in segments]
+        used = sorted({pair for _, _, pair in owned} - {NO_OWNER})
+        place = {pair: number for number, pair in enumerate(used)}
+        stretches = [(start, end, place[pair]) for start, end, pair in owned if pair != NO_OWNER]
+        return _Index(stretches, [scaling[i] for i in used], [dropout[i] for i in used], row_keys), used
 
     @staticmethod
     def of_tensors(index: Sequence[Tensor]) -> _Index:
-        """Return the same from (scaling, dropout, pair_of_owner, offsets, owners[, row_keys])."""
+        """Return the index of all pairs from (scaling, dropout, pair_of_owner, offsets, owners[, row_keys])."""
         scaling, dropout, pair_of_owner, offsets, owners, *keys = index
-        low_rank = LowRank((), (), scaling, dropout, pair_of_owner)
-        return _Index.of(low_rank, Segments(offsets, owners), keys[0] if keys else None)
+        lookup = pair_of_owner.tolist()
+        owned = [(start, end, _pair_of(owner, lookup)) for start, end, owner in Segments(offsets, owners)]
+        stretches = [one for one in owned if one[2] != NO_OWNER]
+        return _Index(stretches, scaling.tolist(), dropout.tolist(), keys[0] if keys else None)
 
     def mask(self, start: int, end: int, pair: int, columns: int) -> Tensor | None:
         """Return which inputs of the rows the pair sees; None when all of them."""

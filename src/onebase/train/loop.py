@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from onebase.data.examples import Examples
 from onebase.errors import TrainingError
@@ -49,23 +49,35 @@ class Loop:
             Stopped: asked to stop; a checkpoint holds what was learned.
             TrainingError: a step failed, and a checkpoint holds the steps before it; or what was learned is no good.
         """
+        self.begin()
+        while not self.is_over():
+            if stop.signal_number is not None:
+                self.stop(stop.signal_number)
+            self.do_step()
+
+    def begin(self) -> None:
+        """Evaluate what a run that has done no step begins with."""
         books = self.member.books
         if books.step == 0 and books.valid_loss_before is None:
             scores = self._evaluate()
             if scores is not None:
                 books.valid_loss_before, books.scores_before = scores.loss, _beside_loss(scores)
-        while not self._is_over():
-            if stop.signal_number is not None:
-                self._stop(stop.signal_number)
-            self._do_step()
 
-    def _is_over(self) -> bool:
-        """Return whether nothing is left to do; between two steps is the place to notice what does not move."""
+    def is_over(self) -> bool:
+        """Return whether nothing is left to do; between two steps is the place to notice what does not move.
+
+        Raises:
+            TrainingError: a tensor has not moved.
+        """
         self.member.check_moved()
         return self.member.finished or self._out_of_patience()
 
-    def _do_step(self) -> None:
-        """Do one step and all that is due after it."""
+    def do_step(self) -> None:
+        """Do one step and all that is due after it.
+
+        Raises:
+            TrainingError: the step failed, and a checkpoint holds the steps before it; or what was learned is no good.
+        """
         member = self.member
         try:
             record = member.run_step()
@@ -135,7 +147,12 @@ class Loop:
         self._saved_at_step, self._saved_at_time = step, time.monotonic()
         self.progress.saved(path)
 
-    def _stop(self, signal_number: int) -> None:
+    def stop(self, signal_number: int) -> NoReturn:
+        """Write a checkpoint and raise.
+
+        Raises:
+            Stopped: always; a checkpoint holds what was learned.
+        """
         if self.folder is None:
             raise KeyboardInterrupt
         self.save()

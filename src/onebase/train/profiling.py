@@ -29,9 +29,10 @@ from onebase.errors import ConfigError
 from onebase.files.atomic import ensure_writable, new_folder, write_synced
 from onebase.files.json_file import to_json
 from onebase.measure.forward import batches_of
+from onebase.train.job import start
 from onebase.train.member import Member
 from onebase.train.progress import Progress, StepRecord
-from onebase.train.run import prepare, start
+from onebase.train.run import prepare
 from onebase.train.step_parts import STEP, Line, marked, split
 
 WARM_UP_STEPS, PROFILED_STEPS = 2, 3

@@ -19,7 +19,7 @@ from onebase.files.atomic import scratch_folder
 from onebase.files.checkpoint import Checkpoint
 from onebase.files.run_folder import RunFolder
 from onebase.measure.evaluate import EVALUATION_TOKENS
-from onebase.train import run
+from onebase.train import job as jobs
 from onebase.train.progress import Quiet, StepRecord
 from onebase.train.stop import Stopped, StopRequest
 
@@ -84,10 +84,10 @@ class _Attempt:
         """
         adapter = self.bank.add(_NAME, self.settings, seed=self.seed)
         try:
-            job = run.Job(self.bank, adapter, self.examples, None, self.train)
+            job = jobs.Job(self.bank, adapter, self.examples, None, self.train)
             progress = _StopAfter(stop_after, stop)
-            member = run.start(job, folder, checkpoint, progress)
-            run.train_member(job, member, folder, progress, stop)
+            member = jobs.start(job, folder, checkpoint, progress)
+            jobs.train_member(job, member, folder, progress, stop)
             return {name: tensor.detach().cpu().clone() for name, tensor in adapter.file_tensors.items()}
         finally:
             self.bank.remove(_NAME)

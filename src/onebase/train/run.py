@@ -7,45 +7,31 @@ of its cost: the folder, the settings of a resumed run, the model, the targets, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-import torch
-
-import onebase
 from onebase.adapters.bank import Adapter, Bank
 from onebase.adapters.experts import ExpertsPart
 from onebase.adapters.lora import rank_and_alpha
 from onebase.adapters.pair import Pair, scaling_of
-from onebase.base import memory
 from onebase.base.device import use_threads
-from onebase.base.model import load
+from onebase.base.model import Base, load
+from onebase.config.labels import Labels
 from onebase.config.methods import Bottleneck, Lora
 from onebase.config.reading import read_settings
-from onebase.config.settings import Settings, TrainSettings
+from onebase.config.settings import Settings
 from onebase.config.writing import diff_settings, dump_settings
-from onebase.data.examples import Examples
-from onebase.errors import CapacityError, ConfigError, FileFormatError, ResumeError, list_problems
-from onebase.files.atomic import ensure_writable
+from onebase.errors import ConfigError, FileFormatError, ResumeError, list_problems
 from onebase.files.checkpoint import Checkpoint
 from onebase.files.peft_format import read_adapter
 from onebase.files.result import Result, read_result
-from onebase.files.run_folder import RunFolder, run_bytes
-from onebase.measure.evaluate import EVALUATION_TOKENS
-from onebase.ops import bits, native
-from onebase.ops.objective import objectives_of
-from onebase.train.capacity import fit_budget
-from onebase.train.centring import centre_regression_
+from onebase.files.run_folder import RunFolder
 from onebase.train.data import TrainingData, labels_in, load_data
-from onebase.train.loop import Loop, restore_best_
-from onebase.train.member import Member
+from onebase.train.job import Job, learning, loop_of, result_of, start
+from onebase.train.loop import restore_best_
 from onebase.train.opening import ADAPTER, fitted
-from onebase.train.progress import Plan, Progress, Quiet
+from onebase.train.progress import Progress, Quiet
 from onebase.train.saving import save_run_adapter
-from onebase.train.schedule import never_due
 from onebase.train.stop import StopRequest
 
 
@@ -71,7 +57,7 @@ def train_run(
     opened = RunFolder.open_for_resume(out) if resume else RunFolder.create(out)
     with opened as folder:
         if resume:
-            _check_same_settings(folder, settings)
+            check_same_settings(folder, settings)
             done = read_result(out)
             if done is not None:
                 progress.note(f"{out}: the run has finished already; nothing was done.")
@@ -79,42 +65,81 @@ def train_run(
         use_threads(settings.train.threads)
         checkpoint = folder.load_checkpoint() if resume else None
         job, data = prepare(settings, progress)
-        member = start(job, folder, checkpoint, progress)
-        folder.rewind(member.books.step if checkpoint else None)
-        folder.write_config(dump_settings(settings))
+        run = Run(settings, folder, job, data, checkpoint, progress)
         try:
-            loop = train_member(job, member, folder, progress, stop or StopRequest())
+            run.train(stop or StopRequest())
         finally:
-            if member.books.step == 0 and not folder.checkpoints:  # nothing to keep: free for a second try
-                folder.config_path.unlink(missing_ok=True)
+            run.forget_if_nothing_came_of_it()
+        return run.finish()
+
+
+class Run:
+    """A run that was checked and can do its next step; `finish` writes down what came of it."""
+
+    def __init__(
+        self, settings: Settings, folder: RunFolder, job: Job, data: TrainingData, checkpoint: Checkpoint | None,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self.settings, self.folder, self.job, self.data, self.progress = settings, folder, job, data, progress
+        self.member = start(job, folder, checkpoint, progress)
+        folder.rewind(self.member.books.step if checkpoint else None)
+        folder.write_config(dump_settings(settings))
+        self.loop = loop_of(job, self.member, folder, progress)
+
+    def train(self, stop: StopRequest) -> None:
+        """Do all steps; the errors are those of `Loop.run`."""
+        with stop.listening(), self.learning():
+            self.loop.run(stop)
+
+    def learning(self) -> AbstractContextManager[None]:
+        """Let the run's adapter alone learn: around every step, and around nothing of another run."""
+        return learning(self.job)
+
+    def forget_if_nothing_came_of_it(self) -> None:
+        """Free the folder for a second try where no step was done and no checkpoint written."""
+        if self.member.books.step == 0 and not self.folder.checkpoints:
+            self.folder.config_path.unlink(missing_ok=True)
+
+    def finish(self) -> Result:
+        """Leave the tensors that are to be kept in the adapter, write it and the result, and return that."""
+        restore_best_(self.member)
         adapter_bytes = 0
         try:
-            adapter_bytes = save_run_adapter(folder.adapter_path, member, settings, data)
+            adapter_bytes = save_run_adapter(self.folder.adapter_path, self.member, self.settings, self.data)
         finally:
             if not adapter_bytes:  # it could not be written: the last steps must not be lost with it
-                loop.save()
-        result = result_of(job, member, adapter_bytes=adapter_bytes)
-        folder.finish(result, keep=settings.train.keep_checkpoints)
-        progress.saved(folder.adapter_path)
-    return result
+                self.loop.save()
+        result = result_of(self.job, self.member, adapter_bytes=adapter_bytes)
+        self.folder.finish(result, keep=self.settings.train.keep_checkpoints)
+        self.progress.saved(self.folder.adapter_path)
+        return result
 
 
 def prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]:
     """Return what the settings describe: the adapter on its base, and the rows as examples."""
-    base = load(
+    bank = Bank(open_base(settings, labels_in(settings.data, settings.task)))
+    adapter = add_adapter(bank, settings)
+    data = load_data(settings.data, settings.task, bank.base, adapter.virtual_tokens, settings.eval.slices)
+    progress.loaded(data)
+    return job_of(settings, bank, adapter, data), data
+
+
+def open_base(settings: Settings, labels: Labels | None) -> Base:
+    """Open the base that settings name, with a head for the labels."""
+    return load(
         settings.model,
         revision=settings.revision,
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
-        labels=labels_in(settings.data, settings.task),
+        labels=labels,
         quantize=settings.quantize,
     )
-    bank = Bank(base)
-    adapter = add_adapter(bank, settings)
-    data = load_data(settings.data, settings.task, base, adapter.virtual_tokens, settings.eval.slices)
-    progress.loaded(data)
-    job = Job(
+
+
+def job_of(settings: Settings, bank: Bank, adapter: Adapter, data: TrainingData) -> Job:
+    """Return the training of an adapter that settings describe, on rows that were read."""
+    return Job(
         bank,
         adapter,
         data.train.examples,
@@ -124,25 +149,9 @@ def prepare(settings: Settings, progress: Progress) -> tuple[Job, TrainingData]:
         evaluation_tokens=settings.eval.batch_tokens,
         settings_sha256=hashlib.sha256(dump_settings(settings).encode()).hexdigest(),
     )
-    return job, data
 
 
-@dataclass(frozen=True)
-class Job:
-    """What `start` and `train_member` need: one adapter of a bank, its examples and its training settings."""
-
-    bank: Bank
-    adapter: Adapter
-    train: Examples
-    valid: Examples | None
-    settings: TrainSettings
-    shuffle: bool = True
-    evaluation_tokens: int | str = "auto"
-    settings_sha256: str = ""
-    """Of the whole settings file of a run: a checkpoint goes on under the settings that it was made with."""
-
-
-def add_adapter(bank: Bank, settings: Settings) -> Adapter:
+def add_adapter(bank: Bank, settings: Settings, name: str = ADAPTER) -> Adapter:
     """Put the adapter that the settings describe on the bank, with the weights of `adapter.init_from` if that is set."""
     source, tensors = settings.adapter.init_from, None
     if source is not None:
@@ -172,7 +181,7 @@ def add_adapter(bank: Bank, settings: Settings) -> Adapter:
                 )
         stored = fitted(bank, stored, allow_base_mismatch=True)
         tensors = stored.tensors
-    adapter = bank.add(ADAPTER, settings.adapter, seed=settings.train.seed, tensors=tensors)
+    adapter = bank.add(name, settings.adapter, seed=settings.train.seed, tensors=tensors)
     if source is not None and isinstance(stored.settings, Lora):
         _check_same_scaling(adapter, stored.settings, source)
     return adapter
@@ -195,177 +204,7 @@ def _check_same_scaling(adapter: Adapter, stored: Lora, source: Path) -> None:
             )
 
 
-def _remark_on_loss(job: Job) -> tuple[str, ...]:
-    """Return what a user should know of the loss that a job's settings ask for.
-
-    Raises:
-        ConfigError: the labels have no such loss.
-    """
-    asked, labels = job.settings.loss, job.bank.base.labels
-    if asked is None or labels is None or job.train.targets is None:
-        return ()
-    known = objectives_of(labels.problem)
-    if asked not in known:
-        raise ConfigError(
-            f"train.loss: {asked} is no loss for these labels ({labels.problem.replace('_', ' ')}). Write {' or '.join(known)}."
-        )
-    if asked == known[0]:
-        return ()
-    return (
-        f"train.loss: with {asked} the gradient vanishes where the model is sure and wrong (it has the factor p (1 - p)); "
-        f"{known[0]} has p - y there",
-    )
-
-
-def start(job: Job, folder: RunFolder | None, checkpoint: Checkpoint | None, progress: Progress) -> Member:
-    """Return the member, restored from the checkpoint if there is one, with memory and disk tried; announce the plan."""
-    identity = identity_of(job)
-    _remark_on_loss(job)  # a loss that these labels cannot have is told before anything is tried
-    if checkpoint is None:
-        budget = _fit(job, job.settings.micro_batch_tokens)
-    else:
-        _check_identity(checkpoint, identity, progress)
-        budget = _budget_of_before(job, int(checkpoint.state["micro_batch_tokens"]))
-    if checkpoint is None:
-        centre_regression_(job.bank.base, job.adapter, job.train)
-    member = Member(job.bank, job.adapter, job.train, job.settings, shuffle=job.shuffle, budget=budget)
-    if checkpoint is not None:
-        member.load_state(checkpoint.tensors, checkpoint.state["books"], checkpoint.best)
-    if folder is not None:
-        parameter_bytes = 4 * job.adapter.parameter_count
-        keep_best = job.settings.keep_best and job.valid is not None
-        needed = run_bytes(
-            parameter_bytes, 2 * parameter_bytes, keep=job.settings.keep_checkpoints, keep_best=keep_best
-        )
-        ensure_writable(folder.path, needed, writing="the run")
-    progress.started(_plan(job, member))
-    return member
-
-
-def _fit(job: Job, wanted: int | str) -> int:
-    """Return the tokens of a micro-batch that memory holds; the largest one has then been tried."""
-    recompute = job.settings.activation_checkpointing
-    with job.bank.learning(job.adapter.name):
-        return fit_budget(job.bank, job.adapter.name, job.train, job.settings.batch_size, wanted, recompute=recompute)
-
-
-def _budget_of_before(job: Job, budget: int) -> int:
-    """Return a resumed run's own micro-batch, which decides its bits, if it fits here too.
-
-    Raises:
-        CapacityError: less memory is free than where the run was started.
-    """
-    try:
-        return _fit(job, budget)
-    except CapacityError as error:
-        raise CapacityError(
-            f"{error} A resumed run keeps the micro-batches of its start ({budget} tokens): free memory, or start a new "
-            "run with another --out."
-        ) from error
-
-
-def train_member(job: Job, member: Member, folder: RunFolder | None, progress: Progress, stop: StopRequest) -> Loop:
-    """Train a started member to its end, leave the tensors that are to be kept in its adapter, and return the loop."""
-    base = job.bank.base
-    tokens = EVALUATION_TOKENS if job.evaluation_tokens == "auto" else int(job.evaluation_tokens)
-    state = {"identity": identity_of(job), "micro_batch_tokens": member.budget_tokens}
-    loop = Loop(member, valid=job.valid, folder=folder, state=state, progress=progress, evaluation_tokens=tokens)
-    learning = job.bank.learning(job.adapter.name)
-    with stop.listening(), learning, base.activation_checkpointing(job.settings.activation_checkpointing):
-        loop.run(stop)
-    restore_best_(member)
-    return loop
-
-
-def identity_of(job: Job) -> dict[str, Any]:
-    """Return what must be the same for a resumed run (base, data), and what decides its bits (torch, threads, ...)."""
-    return {
-        "base_fingerprint": job.bank.base.fingerprint,
-        "train_fingerprint": job.train.fingerprint,
-        "valid_fingerprint": None if job.valid is None else job.valid.fingerprint,
-        "classes": None if job.bank.base.labels is None else list(job.bank.base.labels.names),
-        "settings_sha256": job.settings_sha256,
-        "dtype": str(job.bank.base.dtype).removeprefix("torch."),
-        "quantize": job.bank.base.quantize,
-        **({"bitsandbytes": version("bitsandbytes")} if job.bank.base.quantize == "nf4" else {}),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "threads": torch.get_num_threads(),
-        "instruction_set": bits.instruction_set(),
-        "products": bits.products_mode(),
-        "kernels": "compiled" if native.in_use() else "torch",
-        "device": job.bank.base.device.type,
-        "onebase": onebase.__version__,
-    }
-
-
-def result_of(job: Job, member: Member, *, adapter_bytes: int) -> Result:
-    """Return the numbers of a finished member."""
-    books = member.books
-    valid_loss, scores = member.kept_scores
-    measured = {f"valid_{name}_before": value for name, value in books.scores_before.items()}
-    measured |= {f"valid_{name}": value for name, value in scores.items()}
-    return Result(
-        steps=books.step,
-        examples=books.examples,
-        tokens=books.tokens,
-        seconds=books.seconds,
-        compile_seconds=0.0,
-        examples_per_s=books.examples / books.seconds,
-        tokens_per_s=books.tokens / books.seconds,
-        peak_rss_bytes=memory.peak_rss_bytes(),
-        peak_device_bytes=memory.peak_device_bytes(job.bank.base.device),
-        optimizer_state_bytes=member.optimizer_bytes,
-        train_loss=books.loss_sum / books.labels,
-        valid_loss_before=books.valid_loss_before,
-        valid_loss=valid_loss,
-        best_step=None if member.best is None else books.best_step,
-        trainable_parameters=job.adapter.parameter_count,
-        total_parameters=job.bank.base.parameter_count + job.adapter.parameter_count,
-        adapter_bytes=adapter_bytes,
-        base_fingerprint=job.bank.base.fingerprint,
-        more=measured,
-    )
-
-
-def _plan(job: Job, member: Member) -> Plan:
-    count = job.adapter.parameter_count
-    return Plan(
-        model=job.bank.base.name,
-        dtype=job.bank.base.format,
-        device=str(job.bank.base.device),
-        steps=member.schedule.total_steps,
-        first_step=member.books.step,
-        examples=len(job.train),
-        tokens=job.train.token_count,
-        labelled_tokens=job.train.label_count,
-        valid_examples=0 if job.valid is None else len(job.valid),
-        batch_size=job.settings.batch_size,
-        micro_batch_tokens=member.budget_tokens,
-        learning_rate=member.schedule.learning_rate,
-        warmup_steps=member.schedule.warmup_steps,
-        threads=torch.get_num_threads(),
-        trainable_parameters=count,
-        total_parameters=job.bank.base.parameter_count,
-        gradient_bytes=4 * count,
-        optimizer_bytes=8 * count,
-        adapter_bytes=4 * count,
-        layout=job.bank.base.layout_kind,
-        warnings=(
-            *job.adapter.warnings,
-            *_remark_on_speed(job),
-            *_remark_on_loss(job),
-            *never_due(
-                member.schedule.total_steps,
-                warmup_steps=member.schedule.warmup_steps,
-                eval_every=job.settings.eval_every,
-                save_every=job.settings.save_every,
-            ),
-        ),
-    )
-
-
-def _check_same_settings(folder: RunFolder, settings: Settings) -> None:
+def check_same_settings(folder: RunFolder, settings: Settings) -> None:
     """Raise if a run is to be resumed with other settings than it was started with."""
     if folder.config_text() is None:
         return
@@ -379,38 +218,3 @@ def _check_same_settings(folder: RunFolder, settings: Settings) -> None:
 
 def _given(value: object) -> str:
     return "not set" if value is None else repr(value)
-
-
-def _remark_on_speed(job: Job) -> tuple[str, ...]:
-    why = job.bank.base.why_not_fused
-    cost = "a third" if job.bank.base.quantize == "int8" else "a twentieth"
-    return (f"steps take about {cost} longer than they need: {why}.",) if why else ()
-
-
-_SAME = {
-    "base_fingerprint": "the base",
-    "train_fingerprint": "the training rows",
-    "valid_fingerprint": "the validation rows",
-    "classes": "the names of the classes",
-    "dtype": "the base's number format",
-    "quantize": "how the base's linear layers are held",
-    "settings_sha256": "the settings (config.yaml in the run's folder)",
-}
-
-
-def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], progress: Progress) -> None:
-    """Raise if base or data are not the run's own; note what may change the bits of the rest."""
-    before = {
-        "quantize": "none",
-        "kernels": "torch",
-        **checkpoint.state["identity"],
-    }  # checkpoints of earlier versions do not say it
-    changed = [words for key, words in _SAME.items() if before.get(key) != identity[key]]
-    if changed:
-        raise ResumeError(
-            f"{checkpoint.path}: these have changed since the run was started: {', '.join(changed)}. Restore them, or "
-            "start a new run with another --out."
-        )
-    differ = [f"{key} was {before.get(key)}, is {now}" for key, now in identity.items() if before.get(key) != now]
-    if differ:
-        progress.note(f"resumed elsewhere ({'; '.join(differ)}): the result may differ in its last bits.")
