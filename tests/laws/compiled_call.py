@@ -39,7 +39,8 @@ def run(function, low_rank, lengths, owners):
     segments = Segments.of(lengths, owners)
     x = numbers(segments.row_count, 5).requires_grad_()
     out = function(x, segments.offsets, segments.owners, position_keys(mix(1), 0, segments.row_count))
-    return [out.detach(), *torch.autograd.grad(out.sum(), [x, *low_rank.lora_A, *low_rank.lora_B])]
+    parts = [x, *low_rank.lora_A, *low_rank.lora_B]
+    return [out.detach(), *torch.autograd.grad(out.sum(), parts, materialize_grads=True)]
 
 
 def graphs_of(batches, *, dynamic: bool | None) -> int:
