@@ -85,3 +85,11 @@ def test_on_a_terminal_all_runs_are_seen_moving(world, two):
     shown.wait_for("/40")
     shown.wait_for("finished (2 of 2)")
     shown.wait_for("runs/NAME/adapter")
+
+
+def test_a_closed_output_ends_no_run(world, two):
+    training = process(world, "train", *two, "--out", "runs")
+    assert training.stdout is not None
+    training.stdout.close()
+    assert training.wait(timeout=120) == 0
+    assert (world / "runs/result.json").exists()

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -37,17 +37,18 @@ _WINDOW_STEPS = 20
 _SHORTEST_BAR, _LONGEST_BAR = 8, 60
 
 P = ParamSpec("P")
-Shown = Callable[Concatenate["Watching", P], None]
+W = TypeVar("W")
+Shown = Callable[Concatenate[W, P], None]
 
 
-def _outlives_its_terminal(show: Shown[P]) -> Shown[P]:
+def outlives_its_terminal(show: Shown[W, P]) -> Shown[W, P]:
     """Return a method that shows something, or nothing where nobody reads it any more: the training goes on.
 
     A closed terminal is EIO, a full disk behind a redirection ENOSPC; rich answers a closed pipe with SystemExit.
     """
 
     @functools.wraps(show)
-    def shown(watching: "Watching", /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def shown(watching: W, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             show(watching, *args, **kwargs)
         except SystemExit:
@@ -85,7 +86,7 @@ class Watching:
         self._say_waiting("opening the model, reading the rows")
         return self
 
-    @_outlives_its_terminal
+    @outlives_its_terminal
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -93,14 +94,14 @@ class Watching:
             self._live.stop()
             self._live = None
 
-    @_outlives_its_terminal
+    @outlives_its_terminal
     def loaded(self, data: "TrainingData") -> None:
         """Show what became of the rows."""
         show_rows(self._console, data)
         self._console.print()
         self._say_waiting("trying the largest micro-batch")
 
-    @_outlives_its_terminal
+    @outlives_its_terminal
     def started(self, plan: "Plan") -> None:
         """Show the plan, and begin the line that moves."""
         self._plan, self._step = plan, plan.first_step
@@ -108,7 +109,7 @@ class Watching:
         self._printed_at = time.monotonic()
         self._say_waiting("evaluating the base" if plan.valid_examples and not plan.first_step else "the first step")
 
-    @_outlives_its_terminal
+    @outlives_its_terminal
     def stepped(self, record: "StepRecord") -> None:
         """Take a step into the account, and show it where that is due."""
         plan = self._known_plan()
@@ -126,7 +127,7 @@ class Watching:
         while self._held:
             self._print(self._held.pop(0))
 
-    @_outlives_its_terminal
+    @outlives_its_terminal
     def evaluated(self, step: int, scores: "Judged") -> None:
         """Show what an evaluation found, after the step that it followed."""
         self._scores[step] = scores
@@ -136,14 +137,14 @@ class Watching:
         else:
             self._print(line)
 
-    @_outlives_its_terminal
+    @outlives_its_terminal
     def saved(self, path: Path) -> None:
         """Say where a checkpoint is, and remember it; the adapter has its place in the result."""
         if path.parent.name == "checkpoints":
             self.last_saved = path
             self._print(f"{self._place(self._step)}  checkpoint {path}")
 
-    @_outlives_its_terminal
+    @outlives_its_terminal
     def note(self, text: str) -> None:
         """Say something that the user should know."""
         terminal.say(text)

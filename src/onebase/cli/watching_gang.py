@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.live import Live
 
 from onebase.cli import terminal
+from onebase.cli.watching import outlives_its_terminal
 
 if TYPE_CHECKING:
     from onebase.cli.scores import Judged
@@ -53,6 +54,7 @@ class WatchingGang:
             self._live.start()
         return self
 
+    @outlives_its_terminal
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -64,6 +66,7 @@ class WatchingGang:
         """Return who watches a member."""
         return _Member(self, name)
 
+    @outlives_its_terminal
     def ended(self, outcome: "Outcome") -> None:
         """Say what came of a member."""
         self._ended += 1
@@ -73,12 +76,14 @@ class WatchingGang:
         else:
             self._console.print(f"{outcome.name}: finished ({self._ended} of {len(self._names)})", soft_wrap=True)
 
+    @outlives_its_terminal
     def begun(self, name: str, plan: "Plan") -> None:
         """Take a member in."""
         self._states[name] = _State(plan.steps, plan.first_step)
         for text in plan.warnings:
             self.say(f"{name}: {text}")
 
+    @outlives_its_terminal
     def stepped(self, name: str, record: "StepRecord") -> None:
         """Take a step into the account, and show all members where that is due."""
         state = self._states[name]
