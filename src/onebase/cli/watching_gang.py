@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.live import Live
+from rich.text import Text
 
 from onebase.cli import terminal
+from onebase.cli.summary import describe_adapter
 from onebase.cli.watching import outlives_its_terminal
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class WatchingGang:
     """The `GangProgress` that `train_gang` reports to. Use it in a `with` block, so that the table goes."""
 
     def __init__(self, settings: Mapping[str, "Settings"], out: Path) -> None:
-        self._names, self._out = list(settings), out
+        self._settings, self._out = settings, out
         self._console = terminal.stdout()
         self._states: dict[str, _State] = {}
         self._live: Live | None = None
@@ -52,6 +54,7 @@ class WatchingGang:
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
+            self._live.update(Text("opening the model, reading the rows ...", style="dim"), refresh=True)
         return self
 
     @outlives_its_terminal
@@ -74,12 +77,16 @@ class WatchingGang:
         if outcome.error is not None:
             terminal.warn(f"{outcome.name}: {type(outcome.error).__name__}: {outcome.error}")
         else:
-            self._console.print(f"{outcome.name}: finished ({self._ended} of {len(self._names)})", soft_wrap=True)
+            self._console.print(f"{outcome.name}: finished ({self._ended} of {len(self._settings)})", soft_wrap=True)
 
     @outlives_its_terminal
     def begun(self, name: str, plan: "Plan") -> None:
         """Take a member in."""
         self._states[name] = _State(plan.steps, plan.first_step)
+        adapter = describe_adapter(self._settings[name].adapter)
+        steps = f"{plan.steps:,} steps" + f", {plan.first_step:,} of them done before" * (plan.first_step > 0)
+        rows = f"{terminal.counted(plan.batch_size, 'row')} each of {plan.examples:,}"
+        self._console.print(f"{name}: {adapter}; {steps}, {rows}; learning rate {plan.learning_rate:g}", soft_wrap=True)
         for text in plan.warnings:
             self.say(f"{name}: {text}")
 
@@ -96,7 +103,7 @@ class WatchingGang:
             steps = sum(state.step for state in self._states.values())
             whole = sum(state.steps for state in self._states.values())
             self._console.print(
-                f"{self._ended} of {len(self._names)} runs finished; step {steps:,}/{whole:,} of {len(self._states)} others"
+                f"{self._ended} of {len(self._settings)} runs finished; step {steps:,}/{whole:,} of {len(self._states)} others"
             )
             self._shown_at = now
 

@@ -231,7 +231,7 @@ def _plan(job: Job, member: Member) -> Plan:
 
 def _remark_on_speed(job: Job) -> tuple[str, ...]:
     why = job.bank.base.why_not_fused
-    cost = "a third" if job.bank.base.quantize == "int8" else "a twentieth"
+    cost = "a half" if job.bank.base.quantize == "int8" else "a fifth"
     return (f"steps take about {cost} longer than they need: {why}.",) if why else ()
 
 
