@@ -28,7 +28,7 @@ def main(
     config: Annotated[Path, typer.Option(help="The settings file.")] = CONFIG,
 ) -> None:
     """Fine-tune a small chat model on dictionary definitions, and show what changed."""
-    train(config, out, resume=True)
+    train([config], out, resume=True)
     show_answers(config, out)
     show_next(config, out)
 

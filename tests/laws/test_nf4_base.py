@@ -158,7 +158,7 @@ def test_losses_and_gradients_are_to_the_bit_those_on_plain_layers_of_the_dequan
 
 def test_what_would_train_the_codes_is_refused_and_what_reads_the_weight_is_not():
     base = nf4_base()
-    with pytest.raises(TargetError, match="quantise"):
+    with pytest.raises(TargetError, match="held in fewer bits"):
         Bank(base).add("full", Full())
     bank = Bank(base)
     kinds: list[AdapterSettings] = [Lora(r=3, use_dora=True), Lora(r=3, init_lora_weights="pissa"), Ia3()]

@@ -190,6 +190,8 @@ def _add_update_gradient(d_hidden: Tensor, d_logits: Tensor, h: Tensor, job: _Jo
         zero = torch.zeros_like(d_logits)
         keys = None if job.row_keys is None else job.row_keys[chunk]
         z = low_rank.add_low_rank_(zero, leaf, update, cut, keys)
+        if not z.requires_grad:  # no row of the chunk has a pair
+            return
         (extra,) = torch.autograd.grad(z, leaf, d_logits)
     d_hidden += extra
 
