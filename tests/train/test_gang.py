@@ -16,7 +16,7 @@ from onebase.config.settings import Settings
 from onebase.errors import CapacityError, ConfigError, DataError, ResumeError, TargetError, TrainingError
 from onebase.train import gang
 from onebase.train.gang import Outcome, train_gang
-from onebase.train.stop import Stopped
+from onebase.train.stop import Stopped, StopRequest
 from tests.train.runs import Watching, Workshop, adapter_bytes, definitions, metrics, run, workshop, write_rows
 
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -134,6 +134,19 @@ def test_a_gang_that_was_stopped_goes_on_to_the_same_bytes(shop: Workshop, tmp_p
         assert losses(tmp_path / "cut" / name) == losses(tmp_path / "whole" / name), name
     again = train_gang(settings, tmp_path / "cut", resume=True)
     assert [outcome.result for outcome in again] == [outcome.result for outcome in outcomes]
+
+
+def test_a_stop_before_the_first_run_is_ready_ends_the_gang(shop: Workshop, tmp_path) -> None:
+    stop = StopRequest()
+    stop.signal_number = signal.SIGINT
+    with pytest.raises(Stopped, match="0 of 4 runs have finished, 0 have a checkpoint"):
+        train_gang(members(shop), tmp_path / "gang", stop=stop)
+
+
+def test_runs_may_be_called_as_files_are(shop: Workshop, tmp_path) -> None:
+    settings = {name: shop.settings(train={"steps": 1}) for name in ("my run (2)", "my_run _2_", ".r=4,lr=1e-4")}
+    outcomes = train_gang(settings, tmp_path / "gang")
+    assert all(outcome.result is not None for outcome in outcomes)
 
 
 def test_runs_wait_for_memory_and_one_that_never_fits_says_so(shop: Workshop, tmp_path, monkeypatch) -> None:

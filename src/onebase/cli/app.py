@@ -75,6 +75,7 @@ _verb(
     "train run.yaml --out runs/r32 --set adapter.r=32",
     "train run.yaml --out runs/first --resume",
     "train run.yaml --out runs/first --profile",
+    "train first.yaml second.yaml --out runs/both",
 )
 _verb(app, "eval", evaluate.evaluate, "eval runs/first", "eval runs/first --data test.jsonl --json")
 _verb(

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -61,24 +61,14 @@ def outlives_its_terminal(show: Shown[W, P]) -> Shown[W, P]:
     return shown
 
 
-class Watching:
-    """Shows a training; the `Progress` that `train_run` reports to. Use it in a `with` block, so that the line goes."""
+class OnScreen:
+    """What moves on a terminal, and is gone after the `with` block; elsewhere nothing moves."""
 
-    def __init__(self, settings: "Settings", out: Path) -> None:
-        self._settings, self._out = settings, out
+    def __init__(self) -> None:
         self._console = terminal.stdout()
         self._live: Live | None = None
-        self._plan: Plan | None = None
-        self._step = 0
-        self._recent: deque[StepRecord] = deque(maxlen=_WINDOW_STEPS)
-        self._unprinted: list[StepRecord] = []
-        self._printed_at = time.monotonic()
-        self._held: list[str] = []
-        self._scores: dict[int, Judged] = {}
-        self._numbers_width = 0
-        self.last_saved: Path | None = None
 
-    def __enter__(self) -> "Watching":
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
             # No thread refreshes it: the training has the processor for itself.
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -93,6 +83,28 @@ class Watching:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _say_waiting(self, what: str) -> None:
+        """Show what is being waited for, where a line can be taken back."""
+        if self._live is not None:
+            self._live.update(Text(f"{what} ...", style="dim"), refresh=True)
+
+
+class Watching(OnScreen):
+    """Shows a training; the `Progress` that `train_run` reports to. Use it in a `with` block, so that the line goes."""
+
+    def __init__(self, settings: "Settings", out: Path) -> None:
+        super().__init__()
+        self._settings, self._out = settings, out
+        self._plan: Plan | None = None
+        self._step = 0
+        self._recent: deque[StepRecord] = deque(maxlen=_WINDOW_STEPS)
+        self._unprinted: list[StepRecord] = []
+        self._printed_at = time.monotonic()
+        self._held: list[str] = []
+        self._scores: dict[int, Judged] = {}
+        self._numbers_width = 0
+        self.last_saved: Path | None = None
 
     @outlives_its_terminal
     def loaded(self, data: "TrainingData") -> None:
@@ -152,11 +164,6 @@ class Watching:
     def show_result(self, result: "Result") -> None:
         """Show what came of the run, and what to do next."""
         show_result(self._console, result, self._scores, self._out, self._settings.task)
-
-    def _say_waiting(self, what: str) -> None:
-        """Show what is being waited for, where a line can be taken back."""
-        if self._live is not None:
-            self._live.update(Text(f"{what} ...", style="dim"), refresh=True)
 
     def _known_plan(self) -> "Plan":
         assert self._plan is not None, "a training is started before anything else happens"

@@ -8,15 +8,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
-
-from rich.live import Live
-from rich.text import Text
 
 from onebase.cli import terminal
 from onebase.cli.summary import describe_adapter
-from onebase.cli.watching import outlives_its_terminal
+from onebase.cli.watching import OnScreen, outlives_its_terminal
 
 if TYPE_CHECKING:
     from onebase.cli.scores import Judged
@@ -39,31 +35,15 @@ class _State:
     seconds: float | None = None
 
 
-class WatchingGang:
+class WatchingGang(OnScreen):
     """The `GangProgress` that `train_gang` reports to. Use it in a `with` block, so that the table goes."""
 
     def __init__(self, settings: Mapping[str, "Settings"], out: Path) -> None:
+        super().__init__()
         self._settings, self._out = settings, out
-        self._console = terminal.stdout()
         self._states: dict[str, _State] = {}
-        self._live: Live | None = None
         self._shown_at = time.monotonic()
         self._ended = 0
-
-    def __enter__(self) -> "WatchingGang":
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-            self._live.update(Text("opening the model, reading the rows ...", style="dim"), refresh=True)
-        return self
-
-    @outlives_its_terminal
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def member(self, name: str) -> "_Member":
         """Return who watches a member."""

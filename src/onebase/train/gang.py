@@ -11,6 +11,7 @@ others go on.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ from onebase.train.progress import Progress, Quiet
 from onebase.train.run import Run, add_adapter, check_same_settings, job_of, open_base
 from onebase.train.stop import Stopped, StopRequest
 
+_BASE = ("model", "revision", "dtype", "device", "quantize", "trust_remote_code")
 BYTES_A_PARAMETER = 20  # its weight, its gradient, AdamW's two, a copy of its best or first value; all in fp32
 
 
@@ -122,6 +124,11 @@ def _one_for_all(settings: Mapping[str, Settings], setting: str, values: Mapping
     return next(iter(values.values()))
 
 
+def _plain(name: str) -> str:
+    """Return a run's name as an adapter in a bank may have it: files are called as their users like."""
+    return re.sub(r"[^\w.@+-]", "_", name)[:80]
+
+
 def _keep_plan(folder: GangFolder, settings: Mapping[str, Settings]) -> None:
     """Write down who trains here, or check that it is who was begun."""
     plan = folder.plan
@@ -150,7 +157,7 @@ class _Shared:
         if read not in self.labels:
             self.labels[read] = labels_in(settings.data, settings.task)
         labels = self.labels[read]
-        model = repr([settings.model, settings.revision, settings.dtype, settings.device, settings.quantize])
+        model = repr([getattr(settings, name) for name in _BASE])
         key = f"{model} {labels!r}"
         if key not in self.banks:
             base = open_base(settings, labels)
@@ -184,10 +191,10 @@ class _Gang:
             with stop.listening():
                 while self.waiting or self.running:
                     self._open_what_fits(stop)
+                    self._heed(stop)
                     for name, run in list(self.running.items()):
-                        if stop.signal_number is not None:
-                            self._stop(stop.signal_number)
                         self._take_turn(name, run)
+                        self._heed(stop)
         finally:
             for run in self.running.values():
                 run.folder.close()
@@ -227,12 +234,12 @@ class _Gang:
                     return None
             checkpoint = folder.load_checkpoint() if self.resume else None
             bank = self.shared.bank_for(settings)
-            adapter = add_adapter(bank, settings, name)
-            undo.callback(bank.remove, name)
+            adapter = add_adapter(bank, settings, f"{list(self.settings).index(name)}-{_plain(name)}")
+            undo.callback(bank.remove, adapter.name)
             needed = BYTES_A_PARAMETER * adapter.parameter_count
             if needed > memory.available_bytes():
                 raise CapacityError(
-                    f"adapter {name!r} with its gradients and optimiser state needs {needed / 1e9:.1f} GB, "
+                    f"the adapter of {name} with its gradients and optimiser state needs {needed / 1e9:.1f} GB, "
                     f"{memory.available_bytes() / 1e9:.1f} GB are free. Set a smaller adapter.r, or end other programs."
                 )
             data = self.shared.data_for(settings, bank, adapter.virtual_tokens)
@@ -250,9 +257,7 @@ class _Gang:
             with run.learning():
                 if not run.loop.is_over():
                     run.loop.do_step()
-                    run.member.optimizer.zero_grad(
-                        set_to_none=True
-                    )  # nobody keeps a gradient while others have their turn
+                    run.member.optimizer.zero_grad(set_to_none=True)  # no gradient is kept while others have their turn
                     return
                 result = run.finish()
         except OnebaseError as error:
@@ -264,18 +269,21 @@ class _Gang:
         del self.running[name]
         run.forget_if_nothing_came_of_it()
         run.folder.close()
-        run.job.bank.remove(name)
+        run.job.bank.remove(run.job.adapter.name)
         self._end(outcome)
 
     def _end(self, outcome: Outcome) -> None:
         self.outcomes[outcome.name] = outcome
         self.progress.ended(outcome)
 
-    def _stop(self, signal_number: int) -> None:
+    def _heed(self, stop: StopRequest) -> None:
+        """Write every running member's checkpoint and raise, if somebody asked to stop and something is left to do."""
+        if stop.signal_number is None or not (self.waiting or self.running):
+            return
         for run in self.running.values():
             run.loop.save()
         done = sum(outcome.result is not None for outcome in self.outcomes.values())
         raise Stopped(
             f"stopped: {done} of {len(self.settings)} runs have finished, {len(self.running)} have a checkpoint in {self.out}.",
-            signal_number,
+            stop.signal_number,
         )
